@@ -1,0 +1,133 @@
+"""The one place that knows where inputs and targets stand in a batch of the user's making."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TARGET_NAMES = ("label", "labels", "target", "targets", "y")
+INPUT_NAMES = ("image", "images", "pixel_values", "input", "inputs", "x", "input_ids", "features", "data")
+
+
+@dataclass(frozen=True)
+class BatchStructure:
+    """Find inputs and targets in a batch: a tuple, a list or a dict.
+
+    Args:
+        inputs: Key, dotted key or position of the inputs; found out if ``None``.
+        target_key: Key, dotted key or position of the targets; found out if ``None``.
+    """
+
+    inputs: str | int | None = None
+    target_key: str | int | None = None
+
+    def find_targets(self, batch: Any) -> Any:
+        """Return the targets of a batch, or of one sample.
+
+        Raises:
+            ValueError: If there is no way to tell, naming `target_key` and showing the batch's structure.
+        """
+        if self.target_key is not None:
+            return _look_up(batch, self.target_key, "target_key")
+        if isinstance(batch, Mapping):
+            found = [name for name in TARGET_NAMES if name in batch]
+            if len(found) == 1:
+                return batch[found[0]]
+        elif isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) > 1:
+            return batch[1]
+        raise ValueError(
+            f"Cannot tell which part of a batch holds the targets: the batch is {describe(batch)}."
+            f" Name it with `target_key=...` (a key, a dotted key or a position); without it, position 1 of a tuple or"
+            f" one of the keys {', '.join(TARGET_NAMES)} is taken."
+        )
+
+    def find_inputs(self, batch: Any) -> Any:
+        """Return the inputs of a batch, or of one sample.
+
+        Raises:
+            ValueError: If there is no way to tell, naming `inputs` and showing the batch's structure.
+        """
+        if self.inputs is not None:
+            return _look_up(batch, self.inputs, "inputs")
+        if isinstance(batch, Mapping):
+            named = [name for name in INPUT_NAMES if name in batch]
+            others = [key for key in batch if key not in TARGET_NAMES and key != self.target_key]
+            for keys in (named, others):
+                if len(keys) == 1:
+                    return batch[keys[0]]
+        elif isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) > 0:
+            return batch[0]
+        elif isinstance(batch, Tensor):
+            return batch
+        raise ValueError(
+            f"Cannot tell which part of a batch holds the inputs: the batch is {describe(batch)}."
+            " Name it with `inputs=...` (a key, a dotted key or a position)."
+        )
+
+    def without_targets(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a dict batch without its targets."""
+        targets = self.find_targets(batch)
+        return {key: value for key, value in batch.items() if value is not targets}
+
+
+def replace_part(batch: Any, old: Any, new: Any) -> Any:
+    """Return a batch or sample with the object ``old`` exchanged for ``new``, wherever it stands."""
+    if batch is old:
+        return new
+    if isinstance(batch, Mapping):
+        return {key: replace_part(value, old, new) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(replace_part(value, old, new) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(replace_part(value, old, new) for value in batch)
+    return batch
+
+
+def describe(batch: Any, depth: int = 3) -> str:
+    """Describe the structure of a batch in one line, for error messages.
+
+    Example::
+
+        >>> describe({"image": torch.zeros(2, 3), "y": [1, 2]})
+        "{'image': Tensor(2, 3) float32, 'y': [int, int]}"
+    """
+    if isinstance(batch, Tensor):
+        return f"Tensor{tuple(batch.shape)} {str(batch.dtype).removeprefix('torch.')}"
+    if depth == 0:
+        return type(batch).__name__
+    if isinstance(batch, Mapping):
+        return "{" + ", ".join(f"{key!r}: {describe(value, depth - 1)}" for key, value in batch.items()) + "}"
+    if isinstance(batch, (tuple, list)):
+        inner = ", ".join(describe(value, depth - 1) for value in batch[:4]) + (", ..." if len(batch) > 4 else "")
+        return f"({inner})" if isinstance(batch, tuple) else f"[{inner}]"
+    return type(batch).__name__
+
+
+def _look_up(batch: Any, key: str | int, argument: str) -> Any:
+    value = batch
+    for part in key.split(".") if isinstance(key, str) else [key]:
+        try:
+            if isinstance(value, Tensor):
+                raise TypeError("a tensor has rows, no parts")
+            position = int(part) if isinstance(value, Sequence) else part
+            value = value[position]
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise ValueError(f"`{argument}={key!r}` names no part of a batch, which is {describe(batch)}.") from None
+    return value
+
+
+def as_labels(targets: Any) -> Tensor:
+    """Return class labels as a 1-D integer tensor.
+
+    Raises:
+        ValueError: If the targets are no class labels.
+    """
+    labels = targets if isinstance(targets, Tensor) else torch.as_tensor(targets)
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.ndim != 1:
+        raise ValueError(
+            f"Targets are no class labels: expected one integer a sample, got {describe(labels)}."
+            " Name the labels with `target_key=...`, or measure with `ContinualMetrics(monitor=...)`."
+        )
+    return labels.long()

@@ -1,0 +1,70 @@
+"""The callback that knows about tasks: the hooks that the task clock sends."""
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_cl.tasks.task import Task
+
+
+class ContinualCallback(Callback):
+    """Base class of callbacks that act at task boundaries, add a loss, or may veto a task.
+
+    In a stream the hooks come for every task. In an ordinary fit, without a task sequence, the whole fit is one task.
+    A *behaviour* changes training or prediction; an *observer* (``observer = True``) only measures: its task hooks come
+    after those of all behaviours, with the random state put back after them.
+
+    Example::
+
+        >>> class Freeze(ContinualCallback):
+        ...     def on_task_end(self, trainer, pl_module, task):
+        ...         if task.index == 0:
+        ...             pl_module.backbone.requires_grad_(False)
+    """
+
+    observer: bool = False
+
+    @property
+    def wants_rollback(self) -> bool:
+        """Whether a copy of the run is kept from the start of each task, so that `accept_task` may refuse it."""
+        return False
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make sure that a task clock runs, also in a fit without a task sequence."""
+        from lightning_cl.tasks.clock import TaskClock  # the clock dispatches to this class
+
+        if stage == "fit":
+            TaskClock.install(trainer, pl_module)
+
+    def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
+        """Called before the first batch of a task, with optimizers renewed."""
+
+    def accept_task(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> bool:
+        """Return whether the finished task may be kept. One veto on any rank undoes it on all."""
+        return True
+
+    def on_task_rejected(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
+        """Called when a task was vetoed, after everything stands again as it did at the task's start."""
+
+    def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
+        """Called when a task was accepted, before checkpoints of this epoch are written."""
+
+    def training_loss(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, outputs: Any
+    ) -> Tensor | None:
+        """Return a term to add to the loss of ``training_step``, or ``None``.
+
+        It runs inside the forward pass: under autocast and DDP, and divided by gradient accumulation. The term is
+        logged as ``loss/<callback>``.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: The module in training.
+            batch: The batch, as ``training_step`` got it.
+            batch_idx: Its index in the epoch.
+            outputs: What ``training_step`` returned.
+        """
+        return None

@@ -1,0 +1,192 @@
+"""A loader that starts where the run stands, and the data set behind it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, StackDataset, Subset, TensorDataset, default_collate
+from typing_extensions import override
+
+from lightning_cl.tasks.batches import BatchStructure, replace_part
+from lightning_cl.tasks.random_state import forked_cpu_generators, mix, seed_generators
+from lightning_cl.tasks.sampler import Draw, TaskSampler
+
+
+def flatten_subsets(dataset: Dataset[Any]) -> tuple[Dataset[Any], Tensor]:
+    """Look through nested `Subset`s (``random_split`` makes them): the data set inside, and the positions in it."""
+    indices = torch.arange(len(dataset))  # type: ignore[arg-type]
+    while type(dataset) is Subset:
+        # an empty list would become floats
+        indices = torch.as_tensor(dataset.indices, dtype=torch.long)[indices]
+        dataset = dataset.dataset
+    return dataset, indices
+
+
+def _only_passes_on(dataset: Dataset[Any]) -> bool:
+    # torch's own containers ask sample by sample inside their `__getitems__`, where no sample can be seeded
+    return getattr(type(dataset), "__getitems__", None) in (Subset.__getitems__, StackDataset.__getitems__)
+
+
+class InputTransform:
+    """A transform of the inputs of a sample, wherever the sample has them.
+
+    Args:
+        transform: Takes the inputs and gives new ones. If it has a true attribute ``batched``, it also takes many at
+            once, along a leading dimension.
+        structure: Where a sample has its inputs.
+    """
+
+    def __init__(self, transform: Callable[[Any], Any], structure: BatchStructure) -> None:
+        self.transform = transform
+        self.structure = structure
+
+    def of_sample(self, sample: Any) -> Any:
+        """Return a sample with its inputs transformed."""
+        inputs = self.structure.find_inputs(sample)
+        return replace_part(sample, inputs, self.transform(inputs))
+
+    def of_batch(self, batch: Any, seeds: Sequence[int]) -> Any:
+        """Return a collated batch with the inputs of each sample transformed, each under its own seed."""
+        inputs = self.structure.find_inputs(batch)
+        # of a batch of vectors the last two dimensions are no image, but samples and features
+        if getattr(self.transform, "batched", False) and inputs.ndim > 2:
+            return replace_part(batch, inputs, self.transform(inputs))
+        rows = []
+        for row, seed in zip(inputs, seeds, strict=True):
+            seed_generators(seed)
+            rows.append(torch.as_tensor(self.transform(row)))
+        return replace_part(batch, inputs, torch.stack(rows))
+
+
+class TaskDataset(Dataset[Any]):
+    """The samples of one task: positions in a data set, fetched and collated a batch at a time.
+
+    Random transforms are seeded for each sample from its place in the stream, and leave the global generators as they
+    were: a sample looks the same whichever rank, worker or resumed run fetches it. A data set that fetches many
+    samples at once (``__getitems__``) is asked, and seeded, once a batch: there the draws depend on which samples share
+    a batch on a rank. With a true attribute ``deterministic`` it is spared the seeding, and gets the positions as a
+    tensor.
+
+    Args:
+        dataset: The base's data set.
+        indices: The task's positions in it; all by default.
+        collate_fn: Makes a batch of a list of samples.
+        transform: Applied to each sample after the data set's own transforms.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        indices: Tensor | None = None,
+        collate_fn: Callable[[Any], Any] = default_collate,
+        transform: InputTransform | None = None,
+    ) -> None:
+        self.dataset, positions = flatten_subsets(dataset)
+        self.indices = positions if indices is None else positions[indices]
+        self.collate_fn = collate_fn
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @override
+    def __getitem__(self, draw: Draw) -> Any:
+        # by way of numpy, since indexing a tensor with a list costs ten times as much
+        positions = self.indices[torch.from_numpy(np.asarray(draw.ids))]
+        if self.transform is None:
+            if getattr(self.dataset, "deterministic", False) and hasattr(self.dataset, "__getitems__"):
+                return self.collate_fn(self.dataset.__getitems__(positions))
+            if type(self.dataset) is TensorDataset and self.collate_fn is default_collate:
+                return [tensor[positions] for tensor in self.dataset.tensors]
+        indices: list[int] = positions.tolist()
+        with forked_cpu_generators():
+            return self.collate_fn(self._samples(indices, [mix(draw.key, index) for index in indices]))
+
+    def _samples(self, indices: list[int], seeds: list[int]) -> Any:
+        fetch = None if _only_passes_on(self.dataset) else getattr(self.dataset, "__getitems__", None)
+        if fetch is None:
+            return [self._sample(index, seed) for index, seed in zip(indices, seeds, strict=True)]
+        seed_generators(seeds[0])
+        samples = fetch(indices)
+        if self.transform is None:
+            return samples
+        if isinstance(samples, list):
+            return [self._transformed(sample, seed) for sample, seed in zip(samples, seeds, strict=True)]
+        return self.transform.of_batch(samples, seeds)
+
+    def _sample(self, index: int, seed: int) -> Any:
+        seed_generators(seed)
+        sample = self.dataset[index]
+        return sample if self.transform is None else self.transform.of_sample(sample)
+
+    def _transformed(self, sample: Any, seed: int) -> Any:
+        seed_generators(seed)
+        return sample if self.transform is None else self.transform.of_sample(sample)
+
+
+class _JoinedTasks(Dataset[Any]):
+    def __init__(self, parts: Sequence[TaskDataset]) -> None:
+        self.parts = list(parts)
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    @override
+    def __getitem__(self, draw: Draw) -> Any:
+        return self.parts[draw.part][draw]
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+class TaskLoader(DataLoader[Any]):
+    """A `DataLoader` over task data whose position is looked up when its first batch is asked for.
+
+    Lightning makes iterators early (before a checkpoint's loops are restored) and twice; here that costs nothing and
+    fixes nothing, because workers start, and the sampler reads its position, with the first batch. The loader has a
+    generator of its own, so that starting workers draws nothing from the global one.
+
+    Args:
+        parts: Task data, one after another.
+        sampler: Says which samples each batch has.
+        on_draw: Called with the `Draw` behind each batch just before the batch is handed out.
+        **settings: ``num_workers``, ``pin_memory`` and the other arguments of `DataLoader` that do not choose samples.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[TaskDataset],
+        sampler: TaskSampler,
+        on_draw: Callable[[Draw], None] | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(
+            _JoinedTasks(parts),
+            batch_size=None,
+            sampler=sampler,
+            collate_fn=_as_it_is,
+            generator=torch.Generator().manual_seed(mix(sampler.seed, sampler.stream_key)),
+            **settings,
+        )
+        self._on_draw = on_draw
+
+    @override
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        # a generator: nothing of this runs before the first `next`
+        if self._on_draw is None:
+            yield from super().__iter__()
+            return
+        # the sampler is a pure function, so a second pass over it tells which order each batch answers
+        for draw, batch in zip(self.sampler, super().__iter__(), strict=False):
+            self._on_draw(draw)
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the position is a function of the Trainer's progress. Its presence says "resumable"."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Accept what `state_dict` returned."""

@@ -1,0 +1,79 @@
+"""A task as a transaction: a copy of the run from the task's start, and the way back to it."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_cl.tasks import compat
+from lightning_cl.tasks.random_state import collect_random_state, restore_random_state
+
+
+def check_rollback_support(trainer: Trainer) -> None:
+    """Refuse strategies whose ranks hold no whole state.
+
+    Raises:
+        MisconfigurationException: Under FSDP and DeepSpeed.
+    """
+    if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
+        raise MisconfigurationException(
+            f"Undoing a task needs the whole state on each rank; `Trainer(strategy=...)` is"
+            f" {type(trainer.strategy).__name__}, which cuts it into shards. Use `ddp`, or no callback that may refuse"
+            " a task."
+        )
+
+
+def take_copy(trainer: Trainer, keep: Callback) -> dict[str, Any]:
+    """Copy the run in memory, by the protocol of Lightning's checkpoints: module, callbacks, optimizers, precision.
+
+    Whatever a callback keeps in its ``state_dict`` is undone together with the weights. Not part of it are the loops'
+    progress and the callbacks that write checkpoints: steps go on counting, and files stay.
+
+    Args:
+        trainer: The Trainer.
+        keep: One more callback, whose state is not undone.
+    """
+    return {"run": _cloned(compat.dump_run(trainer, keep)), "random": gather_random_states()}
+
+
+def go_back(trainer: Trainer, pl_module: LightningModule, saved: Mapping[str, Any], keep: Callback) -> None:
+    """Put the run back to a copy; the copy stays usable."""
+    compat.load_run(trainer, pl_module, _cloned(saved["run"]), keep)
+    restore_random_states(saved["random"], trainer.global_rank)
+
+
+def gather_random_states() -> list[dict[str, Any]]:
+    """Collect the random states of all ranks, since only one rank's state reaches a checkpoint file."""
+    state = collect_random_state()
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [state]
+    states: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(states, state)
+    return states
+
+
+def restore_random_states(states: list[dict[str, Any]], rank: int) -> None:
+    """Put back this rank's random state; a rank that was not there before takes the first one's."""
+    restore_random_state(states[rank if rank < len(states) else 0])
+
+
+def _cloned(value: Any) -> Any:
+    # parameters and their gradients' graphs stay behind, everything else is an ordinary deep copy
+    memo = {id(tensor): tensor.detach().clone() for tensor in _tensors_in(value)}
+    return copy.deepcopy(value, memo)
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors_in(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors_in(item)

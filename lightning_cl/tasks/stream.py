@@ -1,0 +1,81 @@
+"""What the task clock and the observers need of a task sequence."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from lightning.pytorch import Trainer
+
+from lightning_cl.tasks.batches import BatchStructure
+from lightning_cl.tasks.task import Task
+
+Split = Literal["val", "test"]
+
+
+@runtime_checkable
+class TaskStream(Protocol):
+    """A sequence of tasks, as the task clock sees it. `TaskSequence` is one; `SingleTask` wraps an ordinary fit."""
+
+    reset_optimizer: bool
+
+    @property
+    def tasks(self) -> Sequence[Task]:
+        """The tasks in their order."""
+
+    @property
+    def structure(self) -> BatchStructure:
+        """Where inputs and targets stand in a batch."""
+
+    def epochs_of(self, task: int) -> int | None:
+        """Return the epochs of a task, or ``None`` for those of ``Trainer(max_epochs=...)``."""
+
+    def batches_of(self, task: int) -> int | None:
+        """Return the training batches of an epoch of a task on this rank, or ``None`` if unknown."""
+
+    @property
+    def evaluates_tasks_apart(self) -> bool:
+        """Whether validation has a loader for each task."""
+
+    def served_tasks(self, split: Split) -> Sequence[int]:
+        """Return the tasks that the loaders of a split serve now, in their order; a task without data has none."""
+
+    def enter_task(self, task: int) -> None:
+        """Make a task the current one."""
+
+    def evaluation_loader(self, task: int, split: Split) -> Iterable[Any] | None:
+        """Return a loader over one task's evaluation set, or ``None`` if there is none."""
+
+
+class SingleTask:
+    """An ordinary fit, without a task sequence: a stream of one task."""
+
+    reset_optimizer = True
+    evaluates_tasks_apart = True
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self.tasks: Sequence[Task] = (Task(0, "task 0"),)
+        self.structure = BatchStructure()
+
+    def epochs_of(self, task: int) -> int | None:
+        """Leave the epochs to the Trainer."""
+        return None
+
+    def batches_of(self, task: int) -> int | None:
+        """Leave the steps to the Trainer."""
+        return None
+
+    def served_tasks(self, split: Split) -> Sequence[int]:
+        """Return the one task."""
+        return (0,)
+
+    def enter_task(self, task: int) -> None:
+        """Do nothing: there is one task."""
+
+    def evaluation_loader(self, task: int, split: Split) -> Iterable[Any] | None:
+        """Return the validation loader of the fit."""
+        loaders = self._trainer.val_dataloaders
+        if split != "val" or loaders is None:
+            return None
+        if isinstance(loaders, (list, tuple)):
+            return loaders[0] if len(loaders) == 1 else None
+        return loaders  # type: ignore[no-any-return]
