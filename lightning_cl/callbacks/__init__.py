@@ -1,0 +1,7 @@
+"""Callbacks: behaviours that change training or prediction, and observers that measure."""
+
+from lightning_cl.callbacks.continual_metrics import ContinualMetrics
+from lightning_cl.callbacks.task_progress_bar import TaskProgressBar
+from lightning_cl.tasks.early_stopping import TaskEarlyStopping
+
+__all__ = ["ContinualMetrics", "TaskEarlyStopping", "TaskProgressBar"]
