@@ -38,7 +38,7 @@ class TaskClock(Callback):
     def __init__(self, stream: TaskStream) -> None:
         self.stream = stream
         self.progress = TaskProgress()
-        self.limits: TaskLimits | None = None
+        self._known_limits: TaskLimits | None = None
         self._overrides = InstanceOverrides()
         self._replaced: list[tuple[TaskEarlyStopping, EarlyStopping]] = []
         self._copy: dict[str, Any] | None = None
@@ -67,20 +67,20 @@ class TaskClock(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit" or self.limits is not None:
+        if stage != "fit" or self._known_limits is not None:
             return
         _check_trainer(trainer, pl_module, self.stream)
         if any(callback.wants_rollback for callback in continual_callbacks(trainer)):
             rollback.check_rollback_support(trainer)
         self._replace_early_stopping(trainer)
-        self.limits = TaskLimits(trainer, self.stream)
+        self._known_limits = TaskLimits(trainer, self.stream)
         if not isinstance(self.stream, SingleTask):  # a second `fit` begins the stream again; an ordinary one does not
             self.progress.first_epoch = compat.processed_epochs(trainer)
             self.progress.first_step = trainer.global_step
         self._stand_at_task(trainer)
 
         def configure_optimizers(original: Callable[[], Any]) -> Any:
-            with self._limits.horizon_of(self.progress.task):
+            with self.limits.horizon_of(self.progress.task):
                 return original()
 
         def on_train_epoch_end(original: Callable[[], None]) -> None:
@@ -93,13 +93,14 @@ class TaskClock(Callback):
         LossTerms(trainer, pl_module, continual_callbacks(trainer)).attach(self._overrides)
 
     @property
-    def _limits(self) -> TaskLimits:
-        if self.limits is None:
+    def limits(self) -> TaskLimits:
+        """How long tasks last."""
+        if self._known_limits is None:
             raise RuntimeError("The task clock was asked before its `setup`.")
-        return self.limits
+        return self._known_limits
 
     def _replace_early_stopping(self, trainer: Trainer) -> None:
-        callbacks = list(compat.callbacks_of(trainer))
+        callbacks, several = list(compat.callbacks_of(trainer)), len(self.stream.tasks) > 1
         for position, callback in enumerate(callbacks):
             if type(callback) is EarlyStopping:
                 twin = TaskEarlyStopping.like(callback)
@@ -107,12 +108,12 @@ class TaskClock(Callback):
                 self._replaced.append((twin, callback))
                 # Lightning is about to call `setup` on the callback that was replaced
                 twin.setup(trainer, trainer.lightning_module, "fit")
-                if len(self.stream.tasks) > 1:
+                if several:
                     rank_zero_warn(
                         f"EarlyStopping(monitor={callback.monitor!r}) ends the task here, not the stream."
                         " `TaskEarlyStopping` says so by its name, and takes the same arguments."
                     )
-            elif isinstance(callback, EarlyStopping) and not isinstance(callback, TaskEarlyStopping):
+            elif several and isinstance(callback, EarlyStopping) and not isinstance(callback, TaskEarlyStopping):
                 rank_zero_warn(
                     f"{type(callback).__name__} ends the whole stream when it stops; derive it from"
                     " `lightning_cl.tasks.TaskEarlyStopping` to end the task only."
@@ -122,9 +123,9 @@ class TaskClock(Callback):
     def uninstall(self, trainer: Trainer) -> None:
         """Leave Trainer and module as they were before the fit."""
         self._overrides.undo()
-        if self.limits is not None:
-            self.limits.restore()
-            self.limits = None
+        if self._known_limits is not None:
+            self._known_limits.restore()
+            self._known_limits = None
         self._copy = None
         originals = {id(twin): original for twin, original in self._replaced}
         for twin, original in self._replaced:
@@ -150,7 +151,7 @@ class TaskClock(Callback):
     @property
     def planned_epochs(self) -> int:
         """Epochs planned for the current task; -1 if only steps limit it."""
-        return self._limits.epochs(self.progress.task)
+        return self.limits.epochs(self.progress.task)
 
     def cursor(self, trainer: Trainer) -> Cursor:
         """Return the position of the next batch, for the sampler."""
@@ -179,7 +180,7 @@ class TaskClock(Callback):
 
     def _stand_at_task(self, trainer: Trainer) -> None:
         self.stream.enter_task(self.progress.task)
-        self._limits.allow(self.progress.task, self.progress.first_epoch, self.progress.first_step)
+        self.limits.allow(self.progress.task, self.progress.first_epoch, self.progress.first_step)
 
     def checkpoint(self) -> dict[str, Any]:
         """Return what a resumed run needs of the clock; to be called on all ranks."""
@@ -221,7 +222,7 @@ class TaskClock(Callback):
         self.enter_next_task()
         self._stand_at_task(trainer)
         if self.progress.committed:  # there was no next task
-            self._limits.end_fit(self.progress.first_epoch)
+            self.limits.end_fit(self.progress.first_epoch)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -254,7 +255,7 @@ class TaskClock(Callback):
             epochs, steps = compat.processed_epochs(trainer), trainer.global_step
             stops.append(trainer.should_stop)
         enough = epochs >= (trainer.min_epochs or 0) and steps >= (trainer.min_steps or 0)
-        if self._limits.reached(progress.task, epochs, steps) or (any(stops) and enough):
+        if self.limits.reached(progress.task, epochs, steps) or (any(stops) and enough):
             self._close_task(trainer, pl_module)
 
     def _close_task(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -281,10 +282,10 @@ class TaskClock(Callback):
             self._copy = None
         upcoming = progress.task + progress.committed
         if upcoming < len(self.stream.tasks):
-            self._limits.allow(upcoming, progress.first_epoch, progress.first_step)
+            self.limits.allow(upcoming, progress.first_epoch, progress.first_step)
             compat.ask_for_loaders_again(trainer)
         else:
-            self._limits.end_fit(progress.first_epoch)
+            self.limits.end_fit(progress.first_epoch)
 
 
 def _early_stoppings(trainer: Trainer) -> list[TaskEarlyStopping]:
