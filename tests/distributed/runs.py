@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_cl.callbacks import ContinualMetrics
 from lightning_cl.datamodules import ClassIncremental, Digits
 from lightning_cl.tasks import ContinualCallback, Task
-from lightning_cl.tasks.sampler import Draw
 
 
 class Net(BoringModel):
@@ -35,7 +34,10 @@ class Net(BoringModel):
 
 
 class DigitsOfSize(Digits):
-    """The digits, each class cut to one size, so that streams divide (or not) by the global batch."""
+    """The digits, each class cut to one size, so that streams divide (or not) by the global batch.
+
+    Each sample carries its own number as a third entry.
+    """
 
     def __init__(self, per_class: int, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -47,18 +49,18 @@ class DigitsOfSize(Digits):
         labels = torch.stack([label for _, label in samples])
         kept = torch.cat([(labels == label).nonzero().squeeze(1)[: self.per_class] for label in range(10)])
         images = torch.stack([image for image, _ in samples])[kept]
-        return DataLoader(TensorDataset(images, labels[kept]), batch_size=loader.batch_size, shuffle=True)
+        numbered = TensorDataset(images, labels[kept], torch.arange(len(kept)))
+        return DataLoader(numbered, batch_size=loader.batch_size, shuffle=True)
 
 
-class Draws(Callback):
-    """Note the sample ids of every step of this rank."""
+class Seen(Callback):
+    """Note the samples that this rank trains on in every step."""
 
     def __init__(self) -> None:
         self.ids: list[list[int]] = []
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        draws: list[Draw] = list(trainer.train_dataloader.sampler)  # type: ignore[union-attr]
-        self.ids += [draw.ids for draw in draws]
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.ids.append(batch[2].tolist())
 
 
 class RefuseTask(ContinualCallback):
@@ -94,7 +96,7 @@ def run_stream(
         logging.getLogger(name).setLevel(logging.ERROR)
     seed_everything(1, verbose=False)
     data = ClassIncremental(DigitsOfSize(per_class, batch_size=global_batch // ranks), num_tasks=5, epochs_per_task=2)
-    draws, metrics, net = Draws(), ContinualMetrics(print_table=False), Net()
+    seen, metrics, net = Seen(), ContinualMetrics(print_table=False), Net()
     refusal = [] if refuse is None else [RefuseTask(*refuse)]
     trainer = Trainer(
         accelerator="cpu",
@@ -105,11 +107,11 @@ def run_stream(
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        callbacks=[draws, metrics, *refusal],
+        callbacks=[seen, metrics, *refusal],
     )
     trainer.fit(net, datamodule=data)
     return {
-        "ids": draws.ids,
+        "ids": seen.ids,
         "weights": {name: value.clone() for name, value in net.state_dict().items()},
         "matrix": metrics.matrix,
         "undone": [callback.undone for callback in refusal],
