@@ -328,8 +328,7 @@ def _clock(trainer: Trainer) -> TaskClock:
 
 
 def _check_checkpoint(trainer: Trainer, checkpoint: ModelCheckpoint, clock: TaskClock) -> None:
-    limits, tasks = clock.limits, clock.stream.tasks
-    epochs = [-1 if limits is None else limits.epochs(task.index) for task in tasks]
+    epochs = [clock.limits.epochs(task.index) for task in clock.stream.tasks]
     if -1 in epochs:  # tasks that are counted in steps end in epochs that nobody knows yet
         return
     first, *ends = accumulate(epochs, initial=clock.progress.first_epoch)

@@ -47,6 +47,14 @@ class InputTransform:
         inputs = self.structure.find_inputs(sample)
         return replace_part(sample, inputs, self.transform(inputs))
 
+    def of_samples(self, samples: Sequence[Any], seeds: Sequence[int]) -> list[Any]:
+        """Return samples with their inputs transformed, each under its own seed."""
+        transformed = []
+        for sample, seed in zip(samples, seeds, strict=True):
+            seed_generators(seed)
+            transformed.append(self.of_sample(sample))
+        return transformed
+
     def of_batch(self, batch: Any, seeds: Sequence[int]) -> Any:
         """Return a collated batch with the inputs of each sample transformed, each under its own seed."""
         inputs = self.structure.find_inputs(batch)
@@ -113,16 +121,12 @@ class TaskDataset(Dataset[Any]):
         if self.transform is None:
             return samples
         if isinstance(samples, list):
-            return [self._transformed(sample, seed) for sample, seed in zip(samples, seeds, strict=True)]
+            return self.transform.of_samples(samples, seeds)
         return self.transform.of_batch(samples, seeds)
 
     def _sample(self, index: int, seed: int) -> Any:
         seed_generators(seed)
         sample = self.dataset[index]
-        return sample if self.transform is None else self.transform.of_sample(sample)
-
-    def _transformed(self, sample: Any, seed: int) -> Any:
-        seed_generators(seed)
         return sample if self.transform is None else self.transform.of_sample(sample)
 
 
