@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 
 
-class OutputTap:
-    """Keep the last output of some layers while the ``with`` block lasts.
+class LayerTap:
+    """Keep the last input and output of some layers while the ``with`` block lasts.
 
     Args:
         layers: The layers by name.
@@ -16,18 +16,19 @@ class OutputTap:
 
         >>> import torch
         >>> layer = nn.Linear(2, 3)
-        >>> with OutputTap({"fc": layer}) as tap:
+        >>> with LayerTap({"fc": layer}) as tap:
         ...     _ = layer(torch.zeros(4, 2))
         >>> tap.outputs["fc"].shape
         torch.Size([4, 3])
     """
 
     def __init__(self, layers: dict[str, nn.Module]) -> None:
+        self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
         self._layers = layers
         self._handles: list[Any] = []
 
-    def __enter__(self) -> "OutputTap":
+    def __enter__(self) -> "LayerTap":
         for name, layer in self._layers.items():
             self._handles.append(layer.register_forward_hook(self._keep(name)))
         return self
@@ -39,13 +40,15 @@ class OutputTap:
 
     def _keep(self, name: str) -> Any:
         def keep(layer: nn.Module, inputs: Any, output: Any) -> None:
+            if inputs and isinstance(inputs[0], Tensor):
+                self.inputs[name] = inputs[0]
             if isinstance(output, Tensor):
                 self.outputs[name] = output
 
         return keep
 
 
-def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
+def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
     """Return the linear layers of a module by name."""
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
 
@@ -64,6 +67,27 @@ def layer_named(module: nn.Module, name: str, argument: str = "head") -> nn.Modu
         )
     layer: nn.Module = layers[name]
     return layer
+
+
+def find_head(module: nn.Module, num_classes: int | None, head: str | None) -> str:
+    """Return the name of the classification layer: the one named, or the one linear layer with an output per class.
+
+    Raises:
+        ValueError: If it cannot be told, naming `head` and listing the linear layers.
+    """
+    if head is not None:
+        layer_named(module, head)
+        return head
+    layers = linear_layers(module)
+    fitting = [name for name, layer in layers.items() if layer.out_features == num_classes]
+    if len(fitting) == 1:
+        return fitting[0]
+    found = "No linear layer" if not fitting else f"More than one linear layer ({', '.join(map(repr, fitting))})"
+    wanted = "the number of classes, which is unknown" if num_classes is None else f"{num_classes} outputs"
+    raise ValueError(
+        f"Cannot tell the classification layer of {type(module).__name__}: {found} has {wanted}. Name it with"
+        f" `head=...`. Its linear layers are: {list_layers(layers.items())}."
+    )
 
 
 def list_layers(layers: Iterable[tuple[str, nn.Module]]) -> str:

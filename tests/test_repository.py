@@ -27,6 +27,7 @@ ROOMS = {
     "heads": 1,
     "metrics": 1,
     "arguments": 1,
+    "hashing": 1,
     "corruptions": 1,
 }
 

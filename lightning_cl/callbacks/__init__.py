@@ -1,7 +1,9 @@
 """Callbacks: behaviours that change training or prediction, and observers that measure."""
 
 from lightning_cl.callbacks.continual_metrics import ContinualMetrics
+from lightning_cl.callbacks.dark_experience_replay import DarkExperienceReplay
+from lightning_cl.callbacks.replay import Replay
 from lightning_cl.callbacks.task_progress_bar import TaskProgressBar
 from lightning_cl.tasks.early_stopping import TaskEarlyStopping
 
-__all__ = ["ContinualMetrics", "TaskEarlyStopping", "TaskProgressBar"]
+__all__ = ["ContinualMetrics", "DarkExperienceReplay", "Replay", "TaskEarlyStopping", "TaskProgressBar"]

@@ -59,6 +59,7 @@ class BaseData:
         self._ready: set[str] = set()
         self._loaders: dict[DataSplit, DataLoader[Any] | None] = {}
         self._carved: tuple[Tensor, Tensor] | None = None
+        self._views: list[tuple[Dataset[Any], Dataset[Any]]] = []
 
     def setup(self, stage: str) -> None:
         """Set the DataModule up for a stage, once."""
@@ -107,7 +108,7 @@ class BaseData:
         if carved:
             kept, held_out = self._carve()
             positions = positions[kept if split == "train" else held_out]
-            dataset = dataset if split == "train" else self._evaluated(dataset)
+            dataset = dataset if split == "train" else self.evaluated(dataset)
         return TaskDataset(dataset, positions if indices is None else positions[indices], loader.collate_fn, transform)
 
     def labelled_dataset(self, split: DataSplit) -> Dataset[Any]:
@@ -123,12 +124,19 @@ class BaseData:
                 f" {type(loader.dataset).__name__}. Give the tasks as DataModules of their own, with `TaskList`."
             )
 
-    def _evaluated(self, dataset: Dataset[Any]) -> Dataset[Any]:
+    def evaluated(self, dataset: Dataset[Any]) -> Dataset[Any]:
+        """Return a training data set as an evaluation sees it, without random augmentation."""
+
         def evaluation_set() -> Dataset[Any] | None:
             test_loader = self.loader("test")
             return None if test_loader is None else test_loader.dataset
 
-        return evaluation_view(dataset, evaluation_set, self._eval_transform)
+        for known, view in self._views:
+            if known is dataset:
+                return view
+        view = evaluation_view(dataset, evaluation_set, self._eval_transform)
+        self._views.append((dataset, view))
+        return view
 
     def batch_size(self, split: DataSplit) -> int:
         """Return the batch size of a split's loader."""

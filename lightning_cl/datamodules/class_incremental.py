@@ -111,6 +111,11 @@ class ClassIncremental(TaskSequence):
         wanted = torch.tensor(self.tasks[task].classes)
         return base.task_dataset(split, torch.isin(self._labels_of(split), wanted).nonzero().squeeze(1))
 
+    @override
+    def labels_of(self, task: int, read: bool = True) -> Tensor | None:
+        labels = self._labels_of("train")
+        return labels[torch.isin(labels, torch.tensor(self.tasks[task].classes))]
+
     def _labels_of(self, split: DataSplit) -> Tensor:
         if split not in self._labels:
             base = self._bases[0]

@@ -63,6 +63,14 @@ def read_labels(dataset: Dataset[Any], structure: BatchStructure) -> Tensor:
         return torch.tensor([_label(structure.find_targets(dataset[index])) for index in samples], dtype=torch.long)
 
 
+def labels_of_task(data: TaskDataset, structure: BatchStructure, read: bool) -> Tensor | None:
+    """Return the labels of a task's samples; where they are not known, read every sample once, or return ``None``."""
+    labels = known_labels(data.dataset) if structure.target_key is None else None
+    if labels is not None:
+        return labels[data.indices]
+    return read_labels(Subset(data.dataset, data.indices.tolist()), structure) if read else None
+
+
 def _label(target: Any) -> int:
     label = _integers([target])
     if label is None:

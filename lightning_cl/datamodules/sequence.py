@@ -2,36 +2,23 @@
 
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_cl.arguments import check_choice
-from lightning_cl.datamodules.base_data import BaseData, DataSplit
-from lightning_cl.datamodules.delegation import DelegatingDataModule
+from lightning_cl.datamodules.base_data import BaseData
 from lightning_cl.datamodules.same_stream import check_same_stream, describe_stream
-from lightning_cl.tasks import (
-    BatchStructure,
-    Cursor,
-    Draw,
-    Task,
-    TaskClock,
-    TaskDataset,
-    TaskLoader,
-    TaskSampler,
-)
+from lightning_cl.datamodules.task_loaders import EvalLoaders, EvalTasks, TaskLoaders
+from lightning_cl.tasks import BatchStructure, Cursor, Task, TaskClock, TaskSampler
 from lightning_cl.tasks.sampler import batches_per_epoch
 
-EvalTasks = Literal["seen", "current", "all"]
-EvalLoaders = Literal["joined", "per_task"]
 
-
-class TaskSequence(DelegatingDataModule):
+class TaskSequence(TaskLoaders):
     """Base class of the sequences: any DataModules, handed out task by task in one fit.
 
     The whole stream is one ``trainer.fit``; the `TaskClock`, put among the callbacks by `setup`, moves on at an epoch
@@ -110,14 +97,6 @@ class TaskSequence(DelegatingDataModule):
     def define_tasks(self) -> Sequence[Task]:
         """Return the tasks; called once the bases are set up."""
 
-    @abstractmethod
-    def task_data(self, task: int, split: DataSplit) -> TaskDataset | None:
-        """Return the data of one task, or ``None`` if there is no such split."""
-
-    def base_of(self, task: int) -> BaseData:
-        """Return the base that a task's data come from."""
-        return self._bases[0]
-
     @property
     def tasks(self) -> Sequence[Task]:
         """The tasks; asked for before any fit, they are made from the base's training data as it stands."""
@@ -162,30 +141,18 @@ class TaskSequence(DelegatingDataModule):
         if data is None:
             return None
         ranks, batch_size = self._ranks()["num_replicas"], base.batch_size("train")
-        return batches_per_epoch(len(data), batch_size * ranks, ranks, base.drops_last())
-
-    @property
-    def evaluates_tasks_apart(self) -> bool:
-        """Whether validation has a loader for each task."""
-        return self.eval_loaders == "per_task"
-
-    def served_tasks(self, split: Literal["val", "test"]) -> Sequence[int]:
-        """Return the tasks that the loaders of a split serve now, in their order; a task without data has none."""
-        current = len(self.tasks) - 1 if self._current is None else self._current
-        wanted = {"seen": range(current + 1), "current": [current], "all": range(len(self.tasks))}[self.eval_tasks]
-        return [task for task in wanted if self._has_data(task, split)]
+        plan = self.replay
+        joined = plan.length_before(task, self._sample_counts) if plan is not None and plan.mix == "joint" else 0
+        return batches_per_epoch(len(data) + joined, batch_size * ranks, ranks, base.drops_last())
 
     def enter_task(self, task: int) -> None:
         """Make a task the current one."""
         self._current = task
 
-    def evaluation_loader(self, task: int, split: Literal["val", "test"]) -> Iterable[Any] | None:
-        """Return a loader over one task's validation or test set, or ``None`` if there is none."""
-        return self._evaluation_loader([task], split)
-
     @override
     def setup(self, stage: str) -> None:
         self._use_seed()
+        self.replay = self.training_draw = None
         super().setup(stage)
         if stage != "predict":  # tasks are what the training data says they are, in every other stage
             self._read_tasks()
@@ -200,13 +167,13 @@ class TaskSequence(DelegatingDataModule):
         if self._clock is not None:
             # for `trainer.save_checkpoint` after the fit: such a file, too, can be continued with more tasks
             self._ended_run = self._clock.checkpoint()
-        self._clock = None
+        self._clock = self.replay = self.training_draw = None
 
     @override
     def on_exception(self, exception: BaseException) -> None:
         if self._clock is not None and self.trainer is not None:
             self._clock.uninstall(self.trainer)
-        self._clock = None
+        self._clock = self.replay = self.training_draw = None
         super().on_exception(exception)
 
     @override
@@ -217,18 +184,7 @@ class TaskSequence(DelegatingDataModule):
         base = self.base_of(task)
         if base.is_iterable():
             return base.train_loader()
-        data = self._required_data(task)
-        sampler = TaskSampler(
-            [data],
-            batch_size=base.batch_size("train"),
-            shuffle=base.shuffles() if self.shuffle is None else self.shuffle,
-            drop_last=base.drops_last(),
-            seed=self.seed,
-            stream_key=task,
-            cursor=self._cursor if self._clock is not None else None,
-            **self._ranks(),
-        )
-        return TaskLoader([data], sampler, self._listener([task]), **base.loader_settings("train"))
+        return self._training_loader(task, self._cursor if self._clock is not None else None)
 
     def _check_batches(self) -> None:
         """Refuse, before training, tasks that are too small for the number of processes or for ``drop_last``."""
@@ -249,14 +205,6 @@ class TaskSequence(DelegatingDataModule):
                 "`Trainer(limit_val_batches=...)` leaves the last tasks out of the validation, since it goes through"
                 " one task after another. Say `eval_loaders='per_task'` to limit each, or `eval_tasks='current'`."
             )
-
-    @override
-    def val_dataloader(self) -> Any:
-        return self._evaluation_loaders("val")
-
-    @override
-    def test_dataloader(self) -> Any:
-        return self._evaluation_loaders("test")
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -311,52 +259,6 @@ class TaskSequence(DelegatingDataModule):
             if samples == 0:
                 raise ValueError(f"Task {task.index} ({task.name}) is empty: it has no training sample.")
 
-    def _required_data(self, task: int) -> TaskDataset:
-        data = self.task_data(task, "train")
-        if data is None:
-            raise MisconfigurationException(f"Task {task} has no training data.")
-        return data
-
-    def _evaluation_loaders(self, split: Literal["val", "test"]) -> Any:
-        served = self.served_tasks(split)
-        if self.eval_loaders == "joined":
-            return self._evaluation_loader(served, split) or []
-        return [self._evaluation_loader([task], split) for task in served]
-
-    def _has_data(self, task: int, split: Literal["val", "test"]) -> bool:
-        if self.base_of(task).is_iterable(split):
-            return True
-        data = self.task_data(task, split)
-        return data is not None and len(data) > 0
-
-    def _evaluation_loader(self, tasks: Sequence[int], split: Literal["val", "test"]) -> DataLoader[Any] | None:
-        iterable = [task for task in tasks if self.base_of(task).is_iterable(split)]
-        if iterable:
-            if len(self._bases) < len(self.tasks):
-                raise MisconfigurationException(
-                    f"The {split} data of {type(self._bases[0].module).__name__} can only be iterated, so no task can"
-                    " be cut out of them. Give the tasks as DataModules of their own, with `TaskList`."
-                )
-            if len(tasks) > 1:
-                raise MisconfigurationException(
-                    f"The {split} data of task {iterable[0]} can only be iterated, so they cannot be joined with those"
-                    " of other tasks. Say `eval_loaders='per_task'`, or `eval_tasks='current'`."
-                )
-            return self.base_of(iterable[0]).loader(split)
-        found = [(task, self.task_data(task, split)) for task in tasks]
-        served = {task: data for task, data in found if data is not None and len(data) > 0}
-        if not served:
-            return None
-        base = self.base_of(next(iter(served)))
-        numbers, parts = list(served), list(served.values())
-        sampler = TaskSampler(parts, batch_size=base.batch_size(split), shuffle=False, seed=self.seed, **self._ranks())
-        return TaskLoader(parts, sampler, self._listener(numbers), **base.loader_settings(split))
-
-    def _ranks(self) -> dict[str, Any]:
-        strategy = None if self.trainer is None else self.trainer.strategy
-        ranks: dict[str, Any] = getattr(strategy, "distributed_sampler_kwargs", {"num_replicas": 1, "rank": 0})
-        return ranks
-
     def _global_batch(self) -> int | None:
         base = self.base_of(self._current or 0)
         if self._clock is None or base.is_iterable():
@@ -375,7 +277,3 @@ class TaskSequence(DelegatingDataModule):
             )
         self._saved_batch = None
         return cursor
-
-    def _listener(self, tasks: Sequence[int]) -> Callable[[Draw], None] | None:
-        """Return what a loader over these tasks tells of each batch it hands out."""
-        return None

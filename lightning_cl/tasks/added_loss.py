@@ -1,7 +1,8 @@
-"""Loss terms of callbacks, added inside the module's own ``training_step``."""
+"""What callbacks do around the module's own ``training_step``, and the loss terms that they add inside it."""
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,17 +38,19 @@ def added_loss(pl_module: LightningModule, batch: Any, batch_idx: int, outputs: 
 
 
 class LossTerms:
-    """Computes and logs the terms of the callbacks that have one."""
+    """Lets callbacks act around the training step, and computes and logs the terms of those that have one."""
 
     def __init__(self, trainer: Trainer, pl_module: LightningModule, callbacks: Sequence[ContinualCallback]) -> None:
         self._trainer = trainer
         self._pl_module = pl_module
         self._callbacks = [c for c in callbacks if type(c).training_loss is not ContinualCallback.training_loss]
+        changed = ContinualCallback.around_training_step
+        self._around = [c for c in callbacks if type(c).around_training_step is not changed]
         self.was_asked = False
 
     def attach(self, overrides: InstanceOverrides) -> None:
-        """Wrap ``training_step`` if a callback has a term."""
-        if self._callbacks:
+        """Wrap ``training_step`` if a callback acts around it or has a term."""
+        if self._callbacks or self._around:
             overrides.wrap(self._pl_module, "training_step", self._training_step)
             self._pl_module.training_step.loss_terms = self  # type: ignore[attr-defined]
 
@@ -64,8 +67,20 @@ class LossTerms:
 
     def _training_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.was_asked = False
-        outputs = original(*args, **kwargs)
-        batch, batch_idx, *_ = (*args, *kwargs.values(), self._trainer.fit_loop.batch_idx)
+        batch, *others = (*args, *kwargs.values())
+        batch_idx = others[0] if others else self._trainer.fit_loop.batch_idx
+
+        def call_module(given: Any) -> Any:
+            nonlocal batch
+            batch = given
+            return original(given, *others)
+
+        step: Callable[[Any], Any] = call_module
+        for callback in self._around:
+            step = partial(self._call_around, callback, batch_idx, step)
+        outputs = step(batch)
+        if not self._callbacks:
+            return outputs
         if not self._pl_module.automatic_optimization:
             if not self.was_asked:
                 raise MisconfigurationException(
@@ -80,6 +95,9 @@ class LossTerms:
         if isinstance(outputs, dict):
             return {**outputs, "loss": outputs["loss"] + self.total(batch, batch_idx, outputs)}
         return outputs
+
+    def _call_around(self, callback: ContinualCallback, batch_idx: int, step: Callable[[Any], Any], batch: Any) -> Any:
+        return callback.around_training_step(self._trainer, self._pl_module, batch, batch_idx, step)
 
 
 def _snake_case(name: str) -> str:

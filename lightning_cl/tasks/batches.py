@@ -85,6 +85,54 @@ def replace_part(batch: Any, old: Any, new: Any) -> Any:
     return batch
 
 
+def join_rows(batches: Sequence[Any]) -> Any:
+    """Return one batch with the rows of several batches of the same structure, one after another.
+
+    Raises:
+        ValueError: If the batches do not go together, showing the structure of the first two.
+    """
+    first = batches[0]
+    try:
+        if isinstance(first, Tensor):
+            return torch.cat([batch.to(first.device) for batch in batches])
+        if isinstance(first, Mapping):
+            return {key: join_rows([batch[key] for batch in batches]) for key in first}
+        if isinstance(first, tuple) and hasattr(first, "_fields"):
+            return type(first)(*(join_rows(part) for part in zip(*batches, strict=True)))
+        if isinstance(first, (list, tuple)):
+            # a collate function makes a list of strings and other leaves with one entry a row
+            if _is_leaf_list(first):
+                return type(first)(row for batch in batches for row in batch)
+            return type(first)(join_rows(part) for part in zip(*batches, strict=True))
+    except (RuntimeError, ValueError, KeyError, TypeError):
+        shown = " and ".join(describe(batch) for batch in batches[:2])
+        raise ValueError(f"Samples of different tasks make no common batch: {shown}.") from None
+    return first
+
+
+def take_rows(batch: Any, rows: slice | list[int], count: int) -> Any:
+    """Return some rows of a batch that has ``count`` of them; what has another length stays as it is."""
+    if isinstance(batch, Tensor):
+        return batch[rows] if batch.ndim > 0 and len(batch) == count else batch
+    if isinstance(batch, Mapping):
+        return {key: take_rows(value, rows, count) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(take_rows(part, rows, count) for part in batch))
+    if isinstance(batch, (list, tuple)):
+        if len(batch) == count and not any(_has_rows(part, count) for part in batch):
+            return batch[rows] if isinstance(rows, slice) else type(batch)(batch[row] for row in rows)
+        return type(batch)(take_rows(part, rows, count) for part in batch)
+    return batch
+
+
+def _has_rows(part: Any, rows: int) -> bool:
+    return isinstance(part, (Tensor, list, tuple)) and len(part) == rows
+
+
+def _is_leaf_list(batch: Sequence[Any]) -> bool:
+    return not any(isinstance(part, (Tensor, Mapping, list, tuple)) for part in batch)
+
+
 def describe(batch: Any, depth: int = 3) -> str:
     """Describe the structure of a batch in one line, for error messages.
 

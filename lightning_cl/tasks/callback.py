@@ -1,5 +1,6 @@
 """The callback that knows about tasks: the hooks that the task clock sends."""
 
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -68,3 +69,22 @@ class ContinualCallback(Callback):
             outputs: What ``training_step`` returned.
         """
         return None
+
+    def around_training_step(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        step: Callable[[Any], Any],
+    ) -> Any:
+        """Return ``step(batch)``, the module's own ``training_step``; the batch or what comes back may be changed.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: The module in training.
+            batch: The batch on the device.
+            batch_idx: Its index in the epoch.
+            step: Calls ``training_step`` on a batch.
+        """
+        return step(batch)

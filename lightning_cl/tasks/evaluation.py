@@ -1,6 +1,6 @@
 """Look at a model in the middle of a fit without changing a bit of the run."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -10,8 +10,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_cl.tasks import compat
+from lightning_cl.tasks.stream import ReplayStream
 
 
 @contextmanager
@@ -44,6 +46,48 @@ def device_batches(
         limit = None if limit == 1.0 else max(1, int(len(loader) * limit))  # type: ignore[arg-type]
     for batch in islice(loader, limit):
         yield compat.to_device(trainer, pl_module, batch)
+
+
+def evaluate_samples(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    stream: ReplayStream,
+    task: int,
+    indices: Tensor,
+    call: Callable[[Any], Tensor],
+) -> Tensor:
+    """Call the module on training samples as an evaluation sees them, shared out over the ranks.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: The module.
+        stream: The tasks.
+        task: The task that the samples belong to.
+        indices: Which samples.
+        call: Returns one row for each sample of a batch.
+
+    Returns:
+        The rows in the order of ``indices``, ``(samples, width)``, on the CPU and the same on every rank.
+    """
+    places: list[int] = []
+    rows: list[Tensor] = []
+    # a rank must not be without a sample
+    shared = trainer.world_size > 1 and len(indices) >= trainer.world_size
+    loader = stream.training_view_loader(task, indices, lambda draw: places.extend(draw.ids), every_rank=not shared)
+    with evaluating(trainer, pl_module):
+        for batch in device_batches(trainer, pl_module, loader):
+            rows.append(call(batch).detach().flatten(1).float())
+    order, values = torch.tensor(places), torch.cat(rows)
+    if shared:
+        order, values = gather_rows(trainer, order, values)
+    return values.cpu()[order.argsort()]
+
+
+def gather_rows(trainer: Trainer, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the ids and rows of all ranks, which may have different numbers of them, on the CPU of each."""
+    if trainer.world_size > 1:
+        ids, rows = (torch.cat(gather_all_tensors(part)) for part in (ids.to(rows.device), rows.contiguous()))
+    return ids.cpu(), rows.cpu()
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """A loader that starts where the run stands, and the data set behind it."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, StackDataset, Subset, TensorDataset, default_collate
 from typing_extensions import override
 
-from lightning_cl.tasks.batches import BatchStructure, replace_part
-from lightning_cl.tasks.random_state import forked_cpu_generators, mix, seed_generators
-from lightning_cl.tasks.sampler import Draw, TaskSampler
+from lightning_cl.hashing import mix
+from lightning_cl.tasks.batches import BatchStructure, join_rows, replace_part
+from lightning_cl.tasks.random_state import forked_cpu_generators, seed_generators
+from lightning_cl.tasks.sampler import Draw, Replayed, TaskSampler
 
 
 def flatten_subsets(dataset: Dataset[Any]) -> tuple[Dataset[Any], Tensor]:
@@ -101,18 +102,25 @@ class TaskDataset(Dataset[Any]):
 
     @override
     def __getitem__(self, draw: Draw) -> Any:
-        # by way of numpy, since indexing a tensor with a list costs ten times as much
-        positions = self.indices[torch.from_numpy(np.asarray(draw.ids))]
+        return fetch([Rows(self, draw.key, draw.ids)])
+
+    def at_once(self, positions: Tensor) -> Any:
+        """Return a collated batch of a data set that draws nothing, by one index; ``None`` of any other."""
         if self.transform is None:
             if getattr(self.dataset, "deterministic", False) and hasattr(self.dataset, "__getitems__"):
                 return self.collate_fn(self.dataset.__getitems__(positions))
             if type(self.dataset) is TensorDataset and self.collate_fn is default_collate:
                 return [tensor[positions] for tensor in self.dataset.tensors]
-        indices: list[int] = positions.tolist()
-        with forked_cpu_generators():
-            return self.collate_fn(self._samples(indices, [mix(draw.key, index) for index in indices]))
+        return None
 
-    def _samples(self, indices: list[int], seeds: list[int]) -> Any:
+    def has_source_of(self, other: "TaskDataset") -> bool:
+        """Return whether the samples come out of the same data set in the same way."""
+        return (
+            self.dataset is other.dataset and self.transform is other.transform and self.collate_fn == other.collate_fn
+        )
+
+    def samples(self, indices: list[int], seeds: list[int]) -> Any:
+        """Return samples, or the collated batch that a data set makes of them, each under its own seed."""
         fetch = None if _only_passes_on(self.dataset) else getattr(self.dataset, "__getitems__", None)
         if fetch is None:
             return [self._sample(index, seed) for index, seed in zip(indices, seeds, strict=True)]
@@ -130,19 +138,57 @@ class TaskDataset(Dataset[Any]):
         return sample if self.transform is None else self.transform.of_sample(sample)
 
 
+class Rows(NamedTuple):
+    """Some rows of a batch.
+
+    Args:
+        data: Where their samples come from.
+        key: Seeds, together with a sample's place in its data set, the random transforms of that sample.
+        ids: Positions of the samples in ``data``.
+    """
+
+    data: TaskDataset
+    key: int
+    ids: list[int]
+
+
+def fetch(parts: Sequence[Rows]) -> Any:
+    """Return one collated batch of the rows of several parts."""
+    # by way of numpy, since indexing a tensor with a list costs ten times as much
+    positions = [part.data.indices[torch.from_numpy(np.asarray(part.ids))] for part in parts]
+    first = parts[0].data
+    alike = all(part.data.has_source_of(first) for part in parts[1:])
+    if alike:
+        batch = first.at_once(positions[0] if len(parts) == 1 else torch.cat(positions))
+        if batch is not None:
+            return batch
+    with forked_cpu_generators():
+        seeds = [[mix(part.key, index) for index in at.tolist()] for part, at in zip(parts, positions, strict=True)]
+        if alike:
+            return first.collate_fn(first.samples(torch.cat(positions).tolist(), [s for some in seeds for s in some]))
+        samples = [part.data.samples(at.tolist(), some) for part, at, some in zip(parts, positions, seeds, strict=True)]
+        if all(isinstance(some, list) for some in samples):
+            return first.collate_fn([sample for some in samples for sample in some])
+        return join_rows([part.data.collate_fn(some) for part, some in zip(parts, samples, strict=True)])
+
+
 class _JoinedTasks(Dataset[Any]):
-    def __init__(self, parts: Sequence[TaskDataset]) -> None:
+    def __init__(self, parts: Sequence[TaskDataset], past: Mapping[int, TaskDataset]) -> None:
         self.parts = list(parts)
+        self.past = past
 
     def __len__(self) -> int:
         return sum(len(part) for part in self.parts)
 
     @override
     def __getitem__(self, draw: Draw) -> Any:
-        return self.parts[draw.part][draw]
+        rows = [Rows(self.parts[draw.part], draw.key, draw.ids)] if draw.ids else []
+        key, _, samples = draw.replayed or Replayed(0, [], [])
+        return fetch(rows + [Rows(self.past[task], mix(key, task), ids) for task, ids in samples])
 
 
-def _as_it_is(batch: Any) -> Any:
+def as_it_is(batch: Any) -> Any:
+    """Collate a batch that is one already."""
     return batch
 
 
@@ -157,6 +203,7 @@ class TaskLoader(DataLoader[Any]):
         parts: Task data, one after another.
         sampler: Says which samples each batch has.
         on_draw: Called with the `Draw` behind each batch just before the batch is handed out.
+        past: Where replayed samples come from, by task.
         **settings: ``num_workers``, ``pin_memory`` and the other arguments of `DataLoader` that do not choose samples.
     """
 
@@ -165,13 +212,14 @@ class TaskLoader(DataLoader[Any]):
         parts: Sequence[TaskDataset],
         sampler: TaskSampler,
         on_draw: Callable[[Draw], None] | None = None,
+        past: Mapping[int, TaskDataset] | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(
-            _JoinedTasks(parts),
+            _JoinedTasks(parts, past or {}),
             batch_size=None,
             sampler=sampler,
-            collate_fn=_as_it_is,
+            collate_fn=as_it_is,
             generator=torch.Generator().manual_seed(mix(sampler.seed, sampler.stream_key)),
             **settings,
         )

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
-from lightning_cl.taps import OutputTap, layer_named, linear_layers, list_layers
+from lightning_cl.taps import LayerTap, layer_named, linear_layers, list_layers
 from lightning_cl.tasks.batches import BatchStructure, as_labels, describe
 
 Call = Callable[[Any], Any]
@@ -34,7 +34,7 @@ class ModuleCall:
         """Return the logits ``(batch, classes)`` of a batch that is on the module's device."""
         if self._head is None:
             return _scores(self._call(batch))  # type: ignore[return-value]
-        with OutputTap(dict([self._head])) as tap:
+        with LayerTap(dict([self._head])) as tap:
             self._call(batch)
         return tap.outputs[self._head[0]]
 
@@ -46,6 +46,7 @@ class ModuleCall:
         structure: BatchStructure,
         num_outputs: int | None = None,
         head: str | None = None,
+        differentiable: bool = False,
     ) -> "ModuleCall":
         """Find out how to call a module, by dry runs; for use under `evaluating`.
 
@@ -55,16 +56,19 @@ class ModuleCall:
             structure: Where a batch has inputs and targets.
             num_outputs: How many logits the labels need; taken from the batch if unknown.
             head: Name of the classification layer; found by its number of outputs if ``None``.
+            differentiable: Whether gradients are wanted, which ``predict_step`` need not give.
 
         Raises:
             MisconfigurationException: If no way of calling gives class scores, saying what was tried.
         """
         labels = as_labels(structure.find_targets(batch))
         needed = int(labels.max()) + 1
-        layers = {head: layer_named(pl_module, head)} if head is not None else linear_layers(pl_module)
+        layers: Mapping[str, nn.Module] = linear_layers(pl_module)
+        if head is not None:
+            layers = {head: layer_named(pl_module, head)}
         tried = []
-        for name, call in _ways_to_call(pl_module, batch, structure):
-            with OutputTap(layers) as tap:
+        for name, call in _ways_to_call(pl_module, batch, structure, differentiable):
+            with LayerTap(dict(layers)) as tap:
                 try:
                     result = _scores(call(batch))
                 except Exception as error:
@@ -90,9 +94,11 @@ class ModuleCall:
         )
 
 
-def _ways_to_call(pl_module: LightningModule, batch: Any, structure: BatchStructure) -> Iterator[tuple[str, Call]]:
+def _ways_to_call(
+    pl_module: LightningModule, batch: Any, structure: BatchStructure, differentiable: bool
+) -> Iterator[tuple[str, Call]]:
     if structure.inputs is None:
-        if is_overridden("predict_step", pl_module):
+        if is_overridden("predict_step", pl_module) and not differentiable:
             yield "predict_step(batch, batch_idx)", lambda b: pl_module.predict_step(b, 0)
         yield "forward(batch)", lambda b: pl_module.forward(b)
     yield "forward(inputs)", lambda b: pl_module.forward(structure.find_inputs(b))

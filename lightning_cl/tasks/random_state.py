@@ -1,4 +1,4 @@
-"""Random number generators: read, put back, fork, and seeds that are a pure function of where a sample stands."""
+"""Random number generators: read, put back and fork."""
 
 import random
 from collections.abc import Iterator
@@ -7,19 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
-_MASK = (1 << 64) - 1
-
-
-def mix(*parts: int) -> int:
-    """Hash integers to one 63-bit seed (splitmix64), the same on every machine, process and Python version."""
-    state = 0
-    for part in parts:
-        state = (state ^ (part & _MASK)) + 0x9E3779B97F4A7C15 & _MASK
-        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
-        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _MASK
-        state ^= state >> 31
-    return state >> 1
 
 
 def seed_generators(seed: int) -> None:

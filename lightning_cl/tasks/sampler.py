@@ -7,7 +7,21 @@ import torch
 from torch.utils.data import Dataset, DistributedSampler
 from typing_extensions import override
 
-from lightning_cl.tasks.random_state import mix
+from lightning_cl.hashing import mix
+
+
+class Replayed(NamedTuple):
+    """The past samples of one batch of one rank.
+
+    Args:
+        key: Seed of this step; together with task and sample it seeds the random transforms of that sample.
+        slots: Positions of the samples in the memory.
+        samples: Task and positions in its data, in the order of the slots.
+    """
+
+    key: int
+    slots: list[int]
+    samples: list[tuple[int, list[int]]]
 
 
 class Draw(NamedTuple):
@@ -17,11 +31,15 @@ class Draw(NamedTuple):
         part: Which of the loader's data sets the samples come from.
         key: Seed of this epoch; together with a sample's id it seeds the random transforms of that sample.
         ids: Positions of the samples in their data set.
+        replayed: Past samples, whose rows follow those of ``ids``.
+        offered: Positions of all ranks' samples of this step that the memory is to learn from it.
     """
 
     part: int
     key: int
     ids: list[int]
+    replayed: Replayed | None = None
+    offered: list[int] | None = None
 
 
 class Cursor(NamedTuple):
@@ -119,6 +137,7 @@ class TaskSampler(DistributedSampler[int]):
     @override
     def __iter__(self) -> Iterator[Draw]:  # type: ignore[override]
         cursor = self._cursor() if self._cursor is not None else Cursor(epoch=self.epoch)
+        draw = self.start_pass(cursor)
         skip = cursor.step
         for part, batches in enumerate(self._batches):
             if skip >= batches:
@@ -127,8 +146,18 @@ class TaskSampler(DistributedSampler[int]):
             key = mix(self.seed, self.stream_key, part, cursor.attempt, cursor.epoch)
             order = self._order(self._lengths[part], key)
             for step in range(skip, batches):
-                yield Draw(part, key, self._share(order, step, last=step == batches - 1))
+                yield draw(part, key, step, self._batch(order, step, last=step == batches - 1))
             skip = 0
+
+    def start_pass(self, cursor: Cursor) -> Callable[[int, int, int, Sequence[int]], Draw]:
+        """Return what makes the draws of one pass: of part, key of the epoch, step and the samples of all ranks."""
+        return lambda part, key, step, batch: Draw(part, key, self.share(batch))
+
+    def share(self, batch: Sequence[int]) -> list[int]:
+        """Return this rank's share of a batch; the first ranks have one sample more where it does not divide."""
+        share, rest = divmod(len(batch), self.num_replicas)
+        start = self.rank * share + min(self.rank, rest)
+        return list(batch[start : start + share + (self.rank < rest)])
 
     def _order(self, length: int, key: int) -> Sequence[int]:
         if not self.shuffle:
@@ -136,10 +165,6 @@ class TaskSampler(DistributedSampler[int]):
         order: list[int] = torch.randperm(length, generator=torch.Generator().manual_seed(key)).tolist()
         return order
 
-    def _share(self, order: Sequence[int], step: int, last: bool) -> list[int]:
+    def _batch(self, order: Sequence[int], step: int, last: bool) -> Sequence[int]:
         start = step * self.global_batch
-        stop = len(order) if last and not self.drop_last else start + self.global_batch
-        share, rest = divmod(stop - start, self.num_replicas)
-        # the first ranks have one sample more where the batch does not divide
-        start += self.rank * share + min(self.rank, rest)
-        return list(order[start : start + share + (self.rank < rest)])
+        return order[start : len(order) if last and not self.drop_last else start + self.global_batch]

@@ -1,11 +1,15 @@
 """What the task clock and the observers need of a task sequence."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from lightning.pytorch import Trainer
+from torch import Tensor
 
 from lightning_cl.tasks.batches import BatchStructure
+from lightning_cl.tasks.loader import TaskDataset
+from lightning_cl.tasks.replay_plan import ReplayPlan
+from lightning_cl.tasks.sampler import Draw
 from lightning_cl.tasks.task import Task
 
 Split = Literal["val", "test"]
@@ -43,6 +47,47 @@ class TaskStream(Protocol):
 
     def evaluation_loader(self, task: int, split: Split) -> Iterable[Any] | None:
         """Return a loader over one task's evaluation set, or ``None`` if there is none."""
+
+
+@runtime_checkable
+class ReplayStream(TaskStream, Protocol):
+    """A stream whose training samples can be asked for again. `TaskSequence` is one."""
+
+    seed: int
+    replay: ReplayPlan | None
+    training_draw: Draw | None
+
+    @property
+    def current_task(self) -> Task:
+        """The task that is trained now, or was last."""
+
+    @property
+    def replay_rows(self) -> Tensor | None:
+        """Which rows of the current training batch are replayed; ``None`` where nothing replays."""
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many outputs the labels need; ``None`` where tasks have no classes."""
+
+    def samples_of(self, task: int) -> int | None:
+        """Return the number of a task's training samples, or ``None`` where data can only be iterated."""
+
+    def labels_of(self, task: int, read: bool = True) -> Tensor | None:
+        """Return the class of each training sample; ``None`` if they had to be read, and ``read`` is false."""
+
+    def check_labels(self, task: int) -> None:
+        """Raise a ``ValueError`` if the targets of a task are no class labels, as far as its first sample tells."""
+
+    def task_data(self, task: int, split: Literal["train"]) -> TaskDataset | None:
+        """Return the training data of a task."""
+
+    def training_view(self, task: int) -> TaskDataset:
+        """Return a task's training samples as an evaluation sees them."""
+
+    def training_view_loader(
+        self, task: int, indices: Tensor, on_draw: Callable[[Draw], None], every_rank: bool = False
+    ) -> Iterable[Any]:
+        """Return a loader over some of these, shared out over the ranks."""
 
 
 class SingleTask:

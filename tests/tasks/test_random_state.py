@@ -7,7 +7,6 @@ import torch
 from lightning_cl.tasks.random_state import (
     collect_random_state,
     forked_cpu_generators,
-    mix,
     restore_random_state,
     seed_generators,
 )
@@ -86,23 +85,3 @@ def test_a_fork_leaves_the_generators_as_they_were_after_an_exception():
     with pytest.raises(KeyError):
         fail()
     assert _draw() == expected
-
-
-def test_mixed_seeds_fit_every_generator():
-    seeds = [mix(a, b) for a in range(50) for b in range(50)]
-    assert all(0 <= seed < 2**63 for seed in seeds)
-
-
-def test_mixed_seeds_depend_on_each_part_and_on_the_order():
-    seeds = [mix(a, b) for a in range(100) for b in range(100)]
-    assert len(set(seeds)) == 10_000
-    assert len({mix(1), mix(1, 0), mix(0, 1), mix(1, 0, 0)}) == 4
-
-
-def test_mixed_seeds_are_the_same_on_every_machine():
-    # splitmix64's published first output for seed 0, halved
-    assert mix(0) == 0xE220A8397B1DCDAF >> 1
-
-
-def test_negative_numbers_and_numbers_beyond_64_bits_are_mixed_too():
-    assert mix(-1) == mix(2**64 - 1)

@@ -1,0 +1,259 @@
+"""What the callbacks that replay past samples share: a memory, kept up to date, and its samples in the batches."""
+
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_cl.arguments import check_choice
+from lightning_cl.memory import ReplayMemory, Selection
+from lightning_cl.taps import LayerTap, find_head, layer_named
+from lightning_cl.tasks import compat
+from lightning_cl.tasks.callback import ContinualCallback
+from lightning_cl.tasks.clock import TaskClock
+from lightning_cl.tasks.evaluation import device_batches, evaluate_samples, evaluating
+from lightning_cl.tasks.exemplar_store import ExemplarStore
+from lightning_cl.tasks.loader import TaskDataset
+from lightning_cl.tasks.module_call import ModuleCall
+from lightning_cl.tasks.replay_plan import Mix, ReplayPlan
+from lightning_cl.tasks.stream import ReplayStream
+from lightning_cl.tasks.task import Task
+
+Storage = Literal["reference", "copy"]
+Start = Literal["next_task", "online"]
+
+
+class ReplayCallback(ContinualCallback):
+    """Base class of callbacks that replay past samples.
+
+    The memory is global: every process holds the same slots, draws the same samples at each step and takes its share
+    of them. It is updated when a task is committed, or, with ``start="online"``, after each batch.
+
+    Args:
+        size: Slots of the memory. Without it, and without ``per_class``, nothing is replayed.
+        selection: Who stays in the memory; see `ReplayMemory`.
+        per_class: At most so many samples of each class.
+        batch_size: Replayed samples of each step, over all processes; as many as the step's own by default.
+        mix: "append" adds them to each batch; "joint" shuffles the memory among the task's data.
+        storage: "reference" fetches past samples from the user's data; "copy" keeps them in files beside the
+            checkpoints.
+        start: "next_task" fills the memory when a task ends; "online" while it is trained.
+        seed: Seed of selection and draws; the task sequence's by default.
+        head: Name of the classification layer, where it is needed and cannot be found.
+
+    Attributes:
+        memory: The memory; ``None`` where nothing is replayed.
+    """
+
+    def __init__(
+        self,
+        size: int | None = None,
+        selection: Selection = "class_balanced",
+        per_class: int | None = None,
+        batch_size: int | None = None,
+        mix: Mix = "append",
+        storage: Storage = "reference",
+        start: Start = "next_task",
+        seed: int | None = None,
+        head: str | None = None,
+    ) -> None:
+        check_choice("selection", selection, ("class_balanced", "reservoir", "random", "herding"))
+        check_choice("mix", mix, ("append", "joint"))
+        check_choice("storage", storage, ("reference", "copy"))
+        check_choice("start", start, ("next_task", "online"))
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(
+                f"`batch_size` must be at least 1, got {batch_size}. Leave out `size` to train without replay."
+            )
+        if mix == "joint" and (start == "online" or batch_size is not None):
+            what = "start='online'" if start == "online" else f"batch_size={batch_size}"
+            raise ValueError(
+                f"`mix='joint'` shuffles the memory among the task's data before its first step, so `{what}` does not"
+                " go with it. Use `mix='append'`."
+            )
+        if selection == "herding" and start == "online":
+            raise ValueError(
+                "`selection='herding'` compares the features of a whole task, so `start='online'` does not go with it."
+                " Use 'reservoir' or 'class_balanced'."
+            )
+        self.size = size
+        self.selection: Selection = selection
+        self.per_class = per_class
+        self.batch_size = batch_size
+        self.mix: Mix = mix
+        self.storage: Storage = storage
+        self.start: Start = start
+        self.seed = seed
+        self.head = head
+        self.memory = None if size is None and per_class is None else self._new_memory(seed or 0)
+        self._store = ExemplarStore()
+        self._labels: tuple[int, Tensor | None] | None = None
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.memory is None or stage != "fit":
+            return
+        super().setup(trainer, pl_module, stage)
+        stream = self.stream(trainer)
+        self._check(trainer, stream)
+        self.memory = self._new_memory(stream.seed if self.seed is None else self.seed)
+        self._store = ExemplarStore()
+        self._labels = None
+        stream.replay = ReplayPlan(
+            memory=self.memory,
+            batch_size=self.batch_size,
+            mix=self.mix,
+            online=self.start == "online",
+            past_data=lambda task: self._past_data(trainer, stream, task),
+            labels=lambda task: self._labels_of(stream, task),
+        )
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.memory is not None and self._copies(trainer):
+            self._store.prepare(trainer, self.memory.task_counts)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.memory is not None and self.selection == "herding":
+            self._features(trainer, pl_module, 0, torch.arange(1))  # refuses a module without a head before training
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.memory is None or self.start != "online":
+            return
+        stream = self.stream(trainer)
+        if stream.replay is not None and stream.training_draw is not None and stream.training_draw.offered is not None:
+            stream.replay.offer(self.memory, self.task(trainer).index, stream.training_draw.offered)
+
+    @override
+    def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
+        if self.memory is None:
+            return
+        stream = self.stream(trainer)
+        if self.start == "next_task":
+            candidates = torch.arange(stream.samples_of(task.index) or 0)
+            herds = self.selection == "herding"
+            features = self._features(trainer, pl_module, task.index, candidates) if herds else None
+            self.memory.add(task.index, candidates, self._labels_of(stream, task.index), features)
+        if self._copies(trainer):
+            kept = self.memory.indices[self.memory.tasks == task.index]
+            if len(kept) > 0:
+                self._store.write(trainer, stream, task.index, kept)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.memory is None else {"memory": self.memory.state_dict(), "store": self._store.state_dict()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.memory is None or not state_dict:
+            return
+        if self.seed is not None and state_dict["memory"]["seed"] != self.seed:
+            raise MisconfigurationException(
+                f"The checkpoint's replay memory has `seed={state_dict['memory']['seed']}`, this one has"
+                f" `seed={self.seed}`: other samples would be kept."
+            )
+        try:
+            self.memory.load_state_dict(state_dict["memory"])
+        except ValueError as error:
+            raise MisconfigurationException(f"The checkpoint has another replay memory: {error}") from None
+        self._store.load_state_dict(state_dict["store"])
+
+    def stream(self, trainer: Trainer) -> ReplayStream:
+        """Return the tasks of the running fit.
+
+        Raises:
+            MisconfigurationException: In a fit without a task sequence.
+        """
+        clock = TaskClock.of(trainer)
+        if clock is None or not isinstance(clock.stream, ReplayStream):
+            raise MisconfigurationException(
+                f"{type(self).__name__} replays samples of past tasks, and this fit has no tasks. Wrap your DataModule"
+                " in a task sequence, such as `ClassIncremental(your_datamodule, num_tasks=5)`."
+            )
+        return clock.stream
+
+    def task(self, trainer: Trainer) -> Task:
+        """Return the task in training."""
+        return self.stream(trainer).current_task
+
+    def select(self, trainer: Trainer, task: int, candidates: Tensor) -> Tensor:
+        """Return the positions of those candidates whom the memory would take in now."""
+        if self.memory is None:
+            return torch.empty(0, dtype=torch.long)
+        labels = self._labels_of(self.stream(trainer), task)
+        return self.memory.select(task, candidates, None if labels is None else labels[candidates])
+
+    def find_call(self, trainer: Trainer, pl_module: LightningModule, **options: Any) -> ModuleCall:
+        """Find out how to call the module for logits, on a real sample."""
+        stream = self.stream(trainer)
+        loader = stream.training_view_loader(0, torch.arange(1), lambda draw: None, every_rank=True)
+        with evaluating(trainer, pl_module):
+            batch = next(device_batches(trainer, pl_module, loader))
+            return ModuleCall.find(pl_module, batch, stream.structure, stream.num_classes, **options)
+
+    def _features(self, trainer: Trainer, pl_module: LightningModule, task: int, indices: Tensor) -> Tensor:
+        try:
+            name = find_head(pl_module, self.stream(trainer).num_classes, self.head)
+        except ValueError as error:
+            raise MisconfigurationException(f"`selection='herding'` compares features: {error}") from None
+        call, layers = self.find_call(trainer, pl_module, head=name), {name: layer_named(pl_module, name)}
+
+        def features(batch: Any) -> Tensor:
+            with LayerTap(layers) as tap:
+                call(batch)
+            return tap.inputs[name]
+
+        return evaluate_samples(trainer, pl_module, self.stream(trainer), task, indices, features)
+
+    def _new_memory(self, seed: int) -> ReplayMemory:
+        return ReplayMemory(self.size, self.selection, self.per_class, seed)
+
+    def _copies(self, trainer: Trainer) -> bool:
+        return self.storage == "copy" and not trainer.fast_dev_run  # type: ignore[attr-defined]
+
+    def _past_data(self, trainer: Trainer, stream: ReplayStream, task: int) -> TaskDataset | None:
+        if task in self._store:
+            return self._store.data(trainer, stream, task)
+        return stream.task_data(task, "train")
+
+    def _labels_of(self, stream: ReplayStream, task: int) -> Tensor | None:
+        if self._labels is None or self._labels[0] != task:
+            needed = self.selection in ("class_balanced", "herding")
+            self._labels = task, stream.labels_of(task, read=needed)
+        return self._labels[1]
+
+    def _check(self, trainer: Trainer, stream: ReplayStream) -> None:
+        name = type(self).__name__
+        others = [c for c in compat.callbacks_of(trainer) if isinstance(c, ReplayCallback) and c.memory is not None]
+        if len(others) > 1:
+            raise MisconfigurationException(
+                f"One run has one replay memory, got {' and '.join(type(c).__name__ for c in others)}. Take one out."
+            )
+        for task in stream.tasks:
+            if stream.samples_of(task.index) is None:
+                raise MisconfigurationException(
+                    f"{name} needs data sets that can be indexed, and the data of task {task.index} ({task.name}) can"
+                    " only be iterated."
+                )
+        classes = {label for task in stream.tasks for label in task.classes or ()}
+        if self.size is not None and self.size < len(classes):
+            raise MisconfigurationException(
+                f"`size={self.size}` of {name} is less than one slot for each of the {len(classes)} classes of the"
+                f" stream. Give it at least {len(classes)}."
+            )
+        if self.selection in ("class_balanced", "herding"):
+            try:
+                for task in stream.tasks:
+                    stream.check_labels(task.index)
+            except ValueError as error:
+                raise MisconfigurationException(
+                    f"`selection={self.selection!r}` shares the memory among classes: {error} Streams without classes"
+                    " can use `selection='reservoir'` or 'random'."
+                ) from None
