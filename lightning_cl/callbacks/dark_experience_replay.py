@@ -89,7 +89,7 @@ class DarkExperienceReplay(ReplayCallback):
         batch_idx: int,
         step: Callable[[Any], Any],
     ) -> Any:
-        draw = self.stream(trainer).training_draw if self.memory is not None else None
+        draw = self.stream.training_draw if self.memory is not None else None
         self._replayed = None
         if draw is None:
             return step(batch)
@@ -104,14 +104,14 @@ class DarkExperienceReplay(ReplayCallback):
     def training_loss(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, outputs: Any
     ) -> Tensor | None:
-        draw = self.stream(trainer).training_draw if self.memory is not None else None
+        draw = self.stream.training_draw if self.memory is not None else None
         if self._replayed is None or self.memory is None or draw is None or draw.replayed is None:
             return None
         logits = self._logits(self._replayed)
         kept = self.memory.extras[LOGITS][draw.replayed.slots].to(logits.device)
         loss = self.alpha * F.mse_loss(logits, kept)
         if self.beta > 0:
-            labels = as_labels(self.stream(trainer).structure.find_targets(self._replayed))
+            labels = as_labels(self.stream.structure.find_targets(self._replayed))
             loss = loss + self.beta * F.cross_entropy(logits, labels)
         return loss
 
@@ -123,7 +123,7 @@ class DarkExperienceReplay(ReplayCallback):
         self._replayed = None
         if self.memory is not None and self._looked is not None:
             ids, logits = self._looked
-            self.memory.put(LOGITS, self.memory.find(self.task(trainer).index, ids), logits)
+            self.memory.put(LOGITS, self.memory.find(self.stream.current_task.index, ids), logits)
             self._looked = None
 
     @override
@@ -134,7 +134,7 @@ class DarkExperienceReplay(ReplayCallback):
         slots = (self.memory.tasks == task.index).nonzero().squeeze(1)
         if len(slots) > 0:
             samples = self.memory.indices[slots]
-            logits = evaluate_samples(trainer, pl_module, self.stream(trainer), task.index, samples, self._logits)
+            logits = evaluate_samples(trainer, pl_module, self.stream, task.index, samples, self._logits)
             self.memory.put(LOGITS, slots, logits)
 
     def _logits(self, batch: Any) -> Tensor:
@@ -147,10 +147,10 @@ class DarkExperienceReplay(ReplayCallback):
         self._looked = None
         if self.memory is None or draw.offered is None:
             return
-        task = self.task(trainer).index
+        task = self.stream.current_task.index
         offered = torch.tensor(draw.offered)
         wanted = self.memory.find(task, offered) >= 0
-        wanted[self.select(trainer, task, offered)] = True
+        wanted[self.select(task, offered)] = True
         kept = set(offered[wanted].tolist())
         if not kept:
             return

@@ -90,12 +90,12 @@ class Replay(ReplayCallback):
         if self.memory is None:
             return outputs
         if isinstance(outputs, dict) and isinstance(outputs.get("loss"), Tensor):
-            return {**outputs, "loss": self._reduce(trainer, outputs["loss"])}
-        return self._reduce(trainer, outputs) if isinstance(outputs, Tensor) else outputs
+            return {**outputs, "loss": self._reduce(outputs["loss"])}
+        return self._reduce(outputs) if isinstance(outputs, Tensor) else outputs
 
-    def _reduce(self, trainer: Trainer, loss: Tensor) -> Tensor:
-        rows = self.stream(trainer).replay_rows
-        if loss.ndim == 0 or rows is None:
+    def _reduce(self, loss: Tensor) -> Tensor:
+        rows = None if loss.ndim == 0 else self.stream.replay_rows
+        if rows is None:
             if self.weight is not None and not self._has_warned:
                 self._has_warned = True
                 rank_zero_warn(

@@ -1,5 +1,6 @@
 """A loader that starts where the run stands, and the data set behind it."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -224,6 +225,7 @@ class TaskLoader(DataLoader[Any]):
             **settings,
         )
         self._on_draw = on_draw
+        self._task_sampler = sampler
 
     @override
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -231,9 +233,11 @@ class TaskLoader(DataLoader[Any]):
         if self._on_draw is None:
             yield from super().__iter__()
             return
-        # the sampler is a pure function, so a second pass over it tells which order each batch answers
-        for draw, batch in zip(self.sampler, super().__iter__(), strict=False):
-            self._on_draw(draw)
+        # workers run ahead of the batch that is handed out, in the order of the draws
+        issued: deque[Draw] = deque()
+        self._task_sampler.issued = issued
+        for batch in super().__iter__():
+            self._on_draw(issued.popleft())
             yield batch
 
     def state_dict(self) -> dict[str, Any]:

@@ -90,6 +90,7 @@ class ReplayCallback(ContinualCallback):
         self.head = head
         self.memory = None if size is None and per_class is None else self._new_memory(seed or 0)
         self._store = ExemplarStore()
+        self._stream: ReplayStream | None = None
         self._labels: tuple[int, Tensor | None] | None = None
 
     @override
@@ -97,7 +98,13 @@ class ReplayCallback(ContinualCallback):
         if self.memory is None or stage != "fit":
             return
         super().setup(trainer, pl_module, stage)
-        stream = self.stream(trainer)
+        clock = TaskClock.of(trainer)
+        if clock is None or not isinstance(clock.stream, ReplayStream):
+            raise MisconfigurationException(
+                f"{type(self).__name__} replays samples of past tasks, and this fit has no tasks. Wrap your DataModule"
+                " in a task sequence, such as `ClassIncremental(your_datamodule, num_tasks=5)`."
+            )
+        self._stream = stream = clock.stream
         self._check(trainer, stream)
         self.memory = self._new_memory(stream.seed if self.seed is None else self.seed)
         self._store = ExemplarStore()
@@ -110,6 +117,14 @@ class ReplayCallback(ContinualCallback):
             past_data=lambda task: self._past_data(trainer, stream, task),
             labels=lambda task: self._labels_of(stream, task),
         )
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._stream = self._labels = None
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stream = self._labels = None
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -127,15 +142,15 @@ class ReplayCallback(ContinualCallback):
     ) -> None:
         if self.memory is None or self.start != "online":
             return
-        stream = self.stream(trainer)
+        stream = self.stream
         if stream.replay is not None and stream.training_draw is not None and stream.training_draw.offered is not None:
-            stream.replay.offer(self.memory, self.task(trainer).index, stream.training_draw.offered)
+            stream.replay.offer(self.memory, self.stream.current_task.index, stream.training_draw.offered)
 
     @override
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
         if self.memory is None:
             return
-        stream = self.stream(trainer)
+        stream = self.stream
         if self.start == "next_task":
             candidates = torch.arange(stream.samples_of(task.index) or 0)
             herds = self.selection == "herding"
@@ -165,34 +180,23 @@ class ReplayCallback(ContinualCallback):
             raise MisconfigurationException(f"The checkpoint has another replay memory: {error}") from None
         self._store.load_state_dict(state_dict["store"])
 
-    def stream(self, trainer: Trainer) -> ReplayStream:
-        """Return the tasks of the running fit.
+    @property
+    def stream(self) -> ReplayStream:
+        """The tasks of the running fit."""
+        if self._stream is None:
+            raise RuntimeError(f"{type(self).__name__} was asked outside a fit.")
+        return self._stream
 
-        Raises:
-            MisconfigurationException: In a fit without a task sequence.
-        """
-        clock = TaskClock.of(trainer)
-        if clock is None or not isinstance(clock.stream, ReplayStream):
-            raise MisconfigurationException(
-                f"{type(self).__name__} replays samples of past tasks, and this fit has no tasks. Wrap your DataModule"
-                " in a task sequence, such as `ClassIncremental(your_datamodule, num_tasks=5)`."
-            )
-        return clock.stream
-
-    def task(self, trainer: Trainer) -> Task:
-        """Return the task in training."""
-        return self.stream(trainer).current_task
-
-    def select(self, trainer: Trainer, task: int, candidates: Tensor) -> Tensor:
+    def select(self, task: int, candidates: Tensor) -> Tensor:
         """Return the positions of those candidates whom the memory would take in now."""
         if self.memory is None:
             return torch.empty(0, dtype=torch.long)
-        labels = self._labels_of(self.stream(trainer), task)
+        labels = self._labels_of(self.stream, task)
         return self.memory.select(task, candidates, None if labels is None else labels[candidates])
 
     def find_call(self, trainer: Trainer, pl_module: LightningModule, **options: Any) -> ModuleCall:
         """Find out how to call the module for logits, on a real sample."""
-        stream = self.stream(trainer)
+        stream = self.stream
         loader = stream.training_view_loader(0, torch.arange(1), lambda draw: None, every_rank=True)
         with evaluating(trainer, pl_module):
             batch = next(device_batches(trainer, pl_module, loader))
@@ -200,7 +204,7 @@ class ReplayCallback(ContinualCallback):
 
     def _features(self, trainer: Trainer, pl_module: LightningModule, task: int, indices: Tensor) -> Tensor:
         try:
-            name = find_head(pl_module, self.stream(trainer).num_classes, self.head)
+            name = find_head(pl_module, self.stream.num_classes, self.head)
         except ValueError as error:
             raise MisconfigurationException(f"`selection='herding'` compares features: {error}") from None
         call, layers = self.find_call(trainer, pl_module, head=name), {name: layer_named(pl_module, name)}
@@ -210,7 +214,7 @@ class ReplayCallback(ContinualCallback):
                 call(batch)
             return tap.inputs[name]
 
-        return evaluate_samples(trainer, pl_module, self.stream(trainer), task, indices, features)
+        return evaluate_samples(trainer, pl_module, self.stream, task, indices, features)
 
     def _new_memory(self, seed: int) -> ReplayMemory:
         return ReplayMemory(self.size, self.selection, self.per_class, seed)

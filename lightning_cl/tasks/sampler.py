@@ -1,5 +1,6 @@
 """Which samples make up each batch: a pure function of seed, task, attempt, epoch and step, cut by rank."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -87,6 +88,9 @@ class TaskSampler(DistributedSampler[int]):
         stream_key: Tells tasks apart that share a seed: the task's index.
         cursor: Returns where the run stands; without it iteration starts at the epoch given to `set_epoch`.
 
+    Attributes:
+        issued: Where a pass notes the draws that it yields, if a loader wants to know them.
+
     Raises:
         ValueError: If a data set has fewer samples than there are ranks, or ``drop_last`` leaves no batch.
 
@@ -115,6 +119,7 @@ class TaskSampler(DistributedSampler[int]):
         self.stream_key = stream_key
         self.global_batch = batch_size * num_replicas
         self._lengths = [len(part) for part in parts]  # type: ignore[arg-type]
+        self.issued: deque[Draw] | None = None
         self._cursor = cursor
         self._batches = [batches_per_epoch(n, self.global_batch, num_replicas, drop_last) for n in self._lengths]
         for length, batches in zip(self._lengths, self._batches, strict=True):
@@ -137,7 +142,7 @@ class TaskSampler(DistributedSampler[int]):
     @override
     def __iter__(self) -> Iterator[Draw]:  # type: ignore[override]
         cursor = self._cursor() if self._cursor is not None else Cursor(epoch=self.epoch)
-        draw = self.start_pass(cursor)
+        draw, issued = self.start_pass(cursor), self.issued
         skip = cursor.step
         for part, batches in enumerate(self._batches):
             if skip >= batches:
@@ -146,7 +151,10 @@ class TaskSampler(DistributedSampler[int]):
             key = mix(self.seed, self.stream_key, part, cursor.attempt, cursor.epoch)
             order = self._order(self._lengths[part], key)
             for step in range(skip, batches):
-                yield draw(part, key, step, self._batch(order, step, last=step == batches - 1))
+                order_of_step = draw(part, key, step, self._batch(order, step, last=step == batches - 1))
+                if issued is not None:
+                    issued.append(order_of_step)
+                yield order_of_step
             skip = 0
 
     def start_pass(self, cursor: Cursor) -> Callable[[int, int, int, Sequence[int]], Draw]:
