@@ -82,7 +82,7 @@ def test_config_runs_on_arrays_of_its_shape(path: Path, tmp_path: Path) -> None:
     model = _config(path)["model"]["init_args"]
     arrays = _write_arrays(tmp_path, model["num_classes"], model.get("input_shape", [3, 32, 32]))
     cli = main(["fit", "--config", str(path), arrays, *QUICK])
-    tasks = {"joint": 1, "split_cifar100": 10, "split_cifar100_b50": 6, "permuted_mnist": 10}
+    tasks = {"joint": 1, "permuted_mnist": 10, "split_cifar100": 10, "er_split_cifar100": 10, "split_cifar100_b50": 6}
     expected = tasks.get(path.stem, tasks.get(path.stem.partition("_")[0], 5))
     assert cli.datamodule.num_tasks == expected
     assert cli.trainer.global_step == expected

@@ -137,6 +137,11 @@ class DarkExperienceReplay(ReplayCallback):
             logits = evaluate_samples(trainer, pl_module, self.stream, task.index, samples, self._logits)
             self.memory.put(LOGITS, slots, logits)
 
+    @override
+    def forget(self) -> None:
+        super().forget()
+        self._call = self._replayed = self._looked = None
+
     def _logits(self, batch: Any) -> Tensor:
         if self._call is None:
             raise RuntimeError("DarkExperienceReplay was asked for logits before training began.")

@@ -120,10 +120,14 @@ class ReplayCallback(ContinualCallback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._stream = self._labels = None
+        self.forget()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of what belongs to one fit; the memory stays."""
         self._stream = self._labels = None
 
     @override
@@ -195,9 +199,10 @@ class ReplayCallback(ContinualCallback):
         return self.memory.select(task, candidates, None if labels is None else labels[candidates])
 
     def find_call(self, trainer: Trainer, pl_module: LightningModule, **options: Any) -> ModuleCall:
-        """Find out how to call the module for logits, on a real sample."""
+        """Find out how to call the module for logits, on a few real samples."""
         stream = self.stream
-        loader = stream.training_view_loader(0, torch.arange(1), lambda draw: None, every_rank=True)
+        few = torch.arange(min(8, stream.samples_of(0) or 0))
+        loader = stream.training_view_loader(0, few, lambda draw: None, every_rank=True)
         with evaluating(trainer, pl_module):
             batch = next(device_batches(trainer, pl_module, loader))
             return ModuleCall.find(pl_module, batch, stream.structure, stream.num_classes, **options)
