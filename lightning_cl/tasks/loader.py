@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, StackDataset, Subset, TensorDataset, default_collate
 from typing_extensions import override
 
-from lightning_cl.hashing import mix
+from lightning_cl.hashing import mix, mix_each
 from lightning_cl.tasks.batches import BatchStructure, join_rows, replace_part
 from lightning_cl.tasks.random_state import forked_cpu_generators, seed_generators
 from lightning_cl.tasks.sampler import Draw, Replayed, TaskSampler
@@ -164,7 +164,7 @@ def fetch(parts: Sequence[Rows]) -> Any:
         if batch is not None:
             return batch
     with forked_cpu_generators():
-        seeds = [[mix(part.key, index) for index in at.tolist()] for part, at in zip(parts, positions, strict=True)]
+        seeds = [mix_each((part.key,), at).tolist() for part, at in zip(parts, positions, strict=True)]
         if alike:
             return first.collate_fn(first.samples(torch.cat(positions).tolist(), [s for some in seeds for s in some]))
         samples = [part.data.samples(at.tolist(), some) for part, at, some in zip(parts, positions, seeds, strict=True)]
