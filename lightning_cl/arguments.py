@@ -3,6 +3,21 @@
 from collections.abc import Sequence
 
 
+def check_count(argument: str, value: object) -> None:
+    """Refuse what is neither ``None`` nor a whole number from 1.
+
+    Raises:
+        TypeError: If it is no whole number.
+        ValueError: If it is less than 1.
+    """
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"`{argument}` must be a whole number, got {value!r}.")
+    if value < 1:
+        raise ValueError(f"`{argument}` must be at least 1, got {value}.")
+
+
 def check_choice(argument: str, value: object, allowed: Sequence[str]) -> None:
     """Refuse a value that is none of a few words.
 

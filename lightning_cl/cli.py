@@ -161,6 +161,9 @@ def _message_for_user(error: Exception) -> str | None:
         return str(cause)
     if origin == _LIGHTNING and isinstance(cause, FileNotFoundError):
         return str(cause)
+    twice = re.match(r"Found more than one stateful callback of type `(\w+)`", str(cause))
+    if isinstance(cause, RuntimeError) and twice is not None:
+        return f"`trainer.callbacks` has more than one {twice[1]}. Take one out; `--config` and `+=` add to a list."
     if isinstance(cause, RuntimeError) and str(cause).startswith(SaveConfigCallback.__name__):
         return str(cause)
     return None

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_cl.memory import Selection
 from lightning_cl.tasks import Draw, Task
-from lightning_cl.tasks.batches import as_labels, take_rows
+from lightning_cl.tasks.batches import as_labels, count_rows, take_rows
 from lightning_cl.tasks.evaluation import evaluate_samples, evaluating, gather_rows
 from lightning_cl.tasks.module_call import ModuleCall
 from lightning_cl.tasks.replay import ReplayCallback, Start, Storage
@@ -93,10 +93,19 @@ class DarkExperienceReplay(ReplayCallback):
         self._replayed = None
         if draw is None:
             return step(batch)
-        own, rows = len(draw.ids), len(draw.ids) + len(draw.replayed.slots if draw.replayed else ())
+        own, rows = len(draw.ids), draw.rows
+        if count_rows(batch) != rows:
+            raise ValueError(
+                f"A batch has {count_rows(batch)} rows where {rows} samples were drawn, so DarkExperienceReplay cannot"
+                " tell which are replayed. Let the collate function and the DataModule's transfer hooks keep one row"
+                " per sample, or use `Replay`."
+            )
         if rows > own:
             self._replayed = take_rows(batch, slice(own, rows), rows)
             batch = take_rows(batch, slice(own), rows)
+        elif trainer.world_size > 1 and self.memory is not None and len(self.memory) > 0:
+            # other ranks have a share of this step's replay; all must call the network equally often
+            self._replayed = batch
         self._look(trainer, pl_module, batch, draw)
         return step(batch)
 
@@ -105,9 +114,11 @@ class DarkExperienceReplay(ReplayCallback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, outputs: Any
     ) -> Tensor | None:
         draw = self.stream.training_draw if self.memory is not None else None
-        if self._replayed is None or self.memory is None or draw is None or draw.replayed is None:
+        if self._replayed is None or self.memory is None or draw is None:
             return None
         logits = self._logits(self._replayed)
+        if draw.replayed is None:
+            return 0.0 * logits.sum()
         kept = self.memory.extras[LOGITS][draw.replayed.slots].to(logits.device)
         loss = self.alpha * F.mse_loss(logits, kept)
         if self.beta > 0:
@@ -116,14 +127,14 @@ class DarkExperienceReplay(ReplayCallback):
         return loss
 
     @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+    def on_batch_trained(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
+        super().on_batch_trained(trainer, pl_module, batch_idx)
         self._replayed = None
         if self.memory is not None and self._looked is not None:
             ids, logits = self._looked
-            self.memory.put(LOGITS, self.memory.find(self.stream.current_task.index, ids), logits)
+            slots = self.memory.find(self.stream.current_task.index, ids)
+            held = slots >= 0  # newcomers may have taken the slots of some
+            self.memory.put(LOGITS, slots[held], logits[held])
             self._looked = None
 
     @override
@@ -136,6 +147,11 @@ class DarkExperienceReplay(ReplayCallback):
             samples = self.memory.indices[slots]
             logits = evaluate_samples(trainer, pl_module, self.stream, task.index, samples, self._logits)
             self.memory.put(LOGITS, slots, logits)
+
+    @property
+    @override
+    def needs_labels(self) -> bool:
+        return True
 
     @override
     def forget(self) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_cl.memory import Selection
+from lightning_cl.tasks.batches import count_rows
 from lightning_cl.tasks.replay import ReplayCallback, Start, Storage
 from lightning_cl.tasks.replay_plan import Mix
 
@@ -76,6 +77,8 @@ class Replay(ReplayCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._has_warned = False
+        if self.is_active and stage == "fit" and not pl_module.automatic_optimization:
+            self._warn("`training_step` optimises by itself")
 
     @override
     def around_training_step(
@@ -86,23 +89,18 @@ class Replay(ReplayCallback):
         batch_idx: int,
         step: Callable[[Any], Any],
     ) -> Any:
+        draw = self.stream.training_draw
+        if draw is not None:
+            self._check_rows(count_rows(batch), draw.rows)
         outputs = step(batch)
-        if self.memory is None:
-            return outputs
         if isinstance(outputs, dict) and isinstance(outputs.get("loss"), Tensor):
             return {**outputs, "loss": self._reduce(outputs["loss"])}
         return self._reduce(outputs) if isinstance(outputs, Tensor) else outputs
 
     def _reduce(self, loss: Tensor) -> Tensor:
-        rows = None if loss.ndim == 0 else self.stream.replay_rows
+        rows = None if loss.numel() == 1 else self.stream.replay_rows
         if rows is None:
-            if self.weight is not None and not self._has_warned:
-                self._has_warned = True
-                rank_zero_warn(
-                    f"`weight={self.weight}` of Replay has no effect: `training_step` returned one number, the mean"
-                    " over all rows. Return one loss per sample, such as"
-                    " `cross_entropy(logits, labels, reduction='none')`."
-                )
+            self._warn("`training_step` returned one number, the mean over all rows")
             return loss
         if loss.shape != rows.shape:
             raise ValueError(
@@ -113,3 +111,26 @@ class Replay(ReplayCallback):
         if self.weight is None or len(own) == 0 or len(replayed) == 0:
             return loss.mean()
         return (1 - self.weight) * own.mean() + self.weight * replayed.mean()
+
+    def _check_rows(self, found: int | None, drawn: int) -> None:
+        self.stream.training_rows = found
+        if found == drawn:
+            return
+        text = (
+            f"A batch has {found} rows where {drawn} samples were drawn, so nobody can tell which are replayed: the"
+            " collate function or a transfer hook of the DataModule changes their number."
+        )
+        if self.weight is not None:
+            raise ValueError(f"{text} `weight={self.weight}` needs one row per sample.")
+        if not self._has_warned:
+            self._has_warned = True
+            rank_zero_warn(f"{text} Training goes on, and `replay_rows` is None for such a batch.")
+
+    def _warn(self, reason: str) -> None:
+        if self.weight is None or self._has_warned:
+            return
+        self._has_warned = True
+        rank_zero_warn(
+            f"`weight={self.weight}` of Replay has no effect: {reason}. Return one loss per sample, such as"
+            " `cross_entropy(logits, labels, reduction='none')`, from a module with automatic optimisation."
+        )

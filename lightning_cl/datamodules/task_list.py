@@ -11,6 +11,7 @@ from lightning_cl.datamodules.base_data import BaseData, DataSplit
 from lightning_cl.datamodules.labels import known_classes
 from lightning_cl.datamodules.sequence import TaskSequence
 from lightning_cl.tasks import Draw, Task, TaskDataset
+from lightning_cl.tasks.batches import count_rows, join_rows, take_rows
 
 
 class TaskList(TaskSequence):
@@ -69,8 +70,22 @@ class TaskList(TaskSequence):
     def pass_on(self, hook: str) -> None:
         setattr(self, hook, partial(self._call_on_base, hook))
 
-    def _call_on_base(self, hook: str, *args: Any) -> Any:
-        return getattr(self.base_of(self._task_of_batch(dataloader_idx=args[-1])).module, hook)(*args)
+    def _call_on_base(self, hook: str, batch: Any, *args: Any) -> Any:
+        draw = self.training_draw if self.trainer is not None and self.trainer.training else None
+        if draw is None or draw.replayed is None or count_rows(batch) != draw.rows:
+            return self._call_on_base_of(self._task_of_batch(dataloader_idx=args[-1]), hook, batch, *args)
+        # replayed rows go through the hooks of the DataModule that they come from
+        parts, counts, start = [], [], 0
+        own = [(self._current or 0, draw.ids)] if draw.ids else []
+        for task, ids in [*own, *draw.replayed.samples]:
+            rows = take_rows(batch, slice(start, start + len(ids)), draw.rows)
+            parts.append(self._call_on_base_of(task, hook, rows, *args))
+            counts.append(len(ids))
+            start += len(ids)
+        return join_rows(parts, counts)
+
+    def _call_on_base_of(self, task: int, hook: str, *args: Any) -> Any:
+        return getattr(self.base_of(task).module, hook)(*args)
 
     @override
     def _listener(self, tasks: Sequence[int]) -> Callable[[Draw], None] | None:

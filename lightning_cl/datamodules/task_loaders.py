@@ -26,6 +26,7 @@ class TaskLoaders(DelegatingDataModule):
     Attributes:
         replay: How past samples join the training batches; set by the callback that replays, for the length of a fit.
         training_draw: The order behind the training batch that was handed out last, where samples are replayed.
+        training_rows: Rows of that batch, once they were counted.
     """
 
     seed: int
@@ -35,6 +36,7 @@ class TaskLoaders(DelegatingDataModule):
     structure: BatchStructure
     replay: ReplayPlan | None = None
     training_draw: Draw | None = None
+    training_rows: int | None = None
     _current: int | None
 
     @property
@@ -52,12 +54,15 @@ class TaskLoaders(DelegatingDataModule):
 
     @property
     def replay_rows(self) -> Tensor | None:
-        """Which rows of the current training batch are replayed, ``(batch,)`` bool; ``None`` where nothing replays."""
-        if self.replay is None or self.training_draw is None:
+        """Which rows of the current training batch are replayed, ``(batch,)`` bool.
+
+        ``None`` where nothing replays, or where the batch has not one row per sample.
+        """
+        draw = self.training_draw
+        if self.replay is None or draw is None or self.training_rows not in (None, draw.rows):
             return None
-        own, replayed = len(self.training_draw.ids), self.training_draw.replayed
-        rows = torch.zeros(own + (0 if replayed is None else len(replayed.slots)), dtype=torch.bool)
-        rows[own:] = True
+        rows = torch.zeros(draw.rows, dtype=torch.bool)
+        rows[len(draw.ids) :] = True
         return rows
 
     def samples_of(self, task: int) -> int | None:
@@ -78,7 +83,10 @@ class TaskLoaders(DelegatingDataModule):
 
     def check_labels(self, task: int) -> None:
         """Raise a ``ValueError`` if the targets of a task are no class labels, as far as its first sample tells."""
-        if self.labels_of(task, read=False) is None:
+        labels = self.labels_of(task, read=False)
+        if labels is not None and len(labels) > 0 and int(labels.min()) < 0:
+            raise ValueError(f"Class labels are numbers from 0, got {int(labels.min())}.")
+        if labels is None:
             data = self._required_data(task)
             read_labels(Subset(data.dataset, data.indices[:1].tolist()), self.structure)
 
@@ -118,6 +126,7 @@ class TaskLoaders(DelegatingDataModule):
         }
         if self.replay is None:
             return TaskLoader([data], TaskSampler([data], **settings), **base.loader_settings("train"))
+        settings["shuffle"] = settings["shuffle"] or self.replay.mix == "joint"
         sampler = ReplaySampler(data, self.replay, **settings)
         past = {number: self.replay.past_data(number) for number in self.replay.tasks_before(task)}
         if self.replay.online:
@@ -125,7 +134,7 @@ class TaskLoaders(DelegatingDataModule):
         return TaskLoader([data], sampler, self._note_training_draw, past, **base.loader_settings("train"))
 
     def _note_training_draw(self, draw: Draw) -> None:
-        self.training_draw = draw
+        self.training_draw, self.training_rows = draw, None
 
     @property
     def evaluates_tasks_apart(self) -> bool:

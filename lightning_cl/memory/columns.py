@@ -9,6 +9,7 @@ from torch import Tensor
 
 Column = dict[str, Any]
 
+_COPIED = "Only tensors, numpy arrays, numbers and strings, in tuples, lists and dicts, can be copied;"
 _NUMBERS: dict[type, torch.dtype] = {bool: torch.bool, int: torch.int64, float: torch.float64}
 
 
@@ -27,31 +28,41 @@ def stack_samples(samples: Sequence[Any]) -> Column:
         >>> take_samples(columns, [1])
         [(tensor([1., 1.]), 5)]
     """
-    first = samples[0]
-    kind = type(first)
-    if any(type(sample) is not kind for sample in samples):
-        names = sorted({type(sample).__name__ for sample in samples})
-        raise TypeError(f"Samples must have one structure to be copied, got {' and '.join(names)} in one place.")
-    if kind in _NUMBERS:
+    first, kind = samples[0], type(samples[0])
+    alike = all(type(sample) is kind for sample in samples)
+    if alike and kind in _NUMBERS:
         return {"kind": kind.__name__, "values": torch.tensor(samples, dtype=_NUMBERS[kind])}
-    if kind is str:
-        return {"kind": "each", "values": list(samples)}
-    if isinstance(first, np.ndarray):
-        return {"kind": "array", "values": stack_samples([torch.from_numpy(np.array(sample)) for sample in samples])}
-    if isinstance(first, np.generic):
-        return {"kind": "scalar", "values": stack_samples([torch.as_tensor(sample) for sample in samples])}
-    if isinstance(first, Tensor):
-        if all(sample.shape == first.shape and sample.dtype == first.dtype for sample in samples):
-            return {"kind": "tensor", "values": torch.stack([sample.detach().cpu() for sample in samples])}
-        return {"kind": "each", "values": [sample.detach().cpu().clone() for sample in samples]}
-    if kind in (tuple, list) and len({len(sample) for sample in samples}) == 1:
+    if alike and isinstance(first, np.ndarray):
+        return {"kind": "array", "values": stack_samples([_as_tensor(sample) for sample in samples])}
+    if alike and isinstance(first, np.generic):
+        return {"kind": "scalar", "values": stack_samples([_as_tensor(sample) for sample in samples])}
+    if alike and kind is Tensor and all(s.shape == first.shape and s.dtype == first.dtype for s in samples):
+        return {"kind": "tensor", "values": torch.stack([sample.detach().cpu() for sample in samples])}
+    if alike and kind in (tuple, list) and len({len(sample) for sample in samples}) == 1:
         return {"kind": kind.__name__, "parts": [stack_samples(part) for part in zip(*samples, strict=True)]}
-    if isinstance(first, Mapping) and len({tuple(sample) for sample in samples}) == 1:
+    if alike and kind is dict and all(sample.keys() == first.keys() for sample in samples):
         return {"kind": "dict", "parts": {key: stack_samples([sample[key] for sample in samples]) for key in first}}
-    raise TypeError(
-        f"Only tensors, numpy arrays, numbers and strings, in tuples, lists and dicts, can be copied; a sample holds"
-        f" {kind.__name__}."
-    )
+    return {"kind": "each", "values": [_plain(sample) for sample in samples]}
+
+
+def _as_tensor(value: Any) -> Tensor:
+    array = np.array(value)
+    if array.dtype.kind not in "biufc":
+        raise TypeError(f"{_COPIED} a sample holds a numpy array of {array.dtype}.")
+    return torch.from_numpy(array.reshape(np.shape(value)))
+
+
+def _plain(value: Any) -> Any:
+    """Return a copy of what a file can hold as it is."""
+    if type(value) is Tensor:
+        return value.detach().cpu().clone()
+    if type(value) in (tuple, list):
+        return type(value)(_plain(part) for part in value)
+    if type(value) is dict:
+        return {key: _plain(part) for key, part in value.items()}
+    if value is None or type(value) in (bool, int, float, str, bytes):
+        return value
+    raise TypeError(f"{_COPIED} a sample holds {type(value).__name__}.")
 
 
 def stack_batches(batches: Sequence[Any]) -> Column:
@@ -64,7 +75,7 @@ def stack_batches(batches: Sequence[Any]) -> Column:
         return {"kind": type(first).__name__, "parts": parts}
     if isinstance(first, Mapping):
         return {"kind": "dict", "parts": {key: stack_batches([batch[key] for batch in batches]) for key in first}}
-    raise TypeError(f"Only tensors, in tuples, lists and dicts, can be copied; a batch holds {type(first).__name__}.")
+    raise TypeError(f"{_COPIED} a batch holds {type(first).__name__}.")
 
 
 def take_samples(column: Column, rows: Sequence[int]) -> list[Any]:
@@ -79,8 +90,8 @@ def take_samples(column: Column, rows: Sequence[int]) -> list[Any]:
     if kind in ("array", "scalar"):
         arrays = [value.numpy() for value in take_samples(column["values"], rows)]
         return arrays if kind == "array" else [array[()] for array in arrays]
-    if kind == "each":
-        return [column["values"][row] for row in rows]
+    if kind == "each":  # copied, lest a transform that works in place changes what is kept
+        return [_plain(column["values"][row]) for row in rows]
     taken = column["values"][torch.as_tensor(rows, dtype=torch.long)]
     return list(taken) if kind == "tensor" else taken.tolist()
 

@@ -96,19 +96,39 @@ def find_exemplars(record: dict[str, Any], folders: Sequence[Path]) -> Path:
         FileNotFoundError: If it is in none of the folders.
         ValueError: If its content is not what was written.
     """
-    candidates = [folder / record["name"] for folder in folders if (folder / record["name"]).is_file()]
+    candidates: list[Path] = [folder / record["name"] for folder in folders if (folder / record["name"]).is_file()]
     if not candidates:
         raise FileNotFoundError(
             f"The copied exemplars {record['name']!r} are missing. They were looked for in"
             f" {', '.join(str(folder) for folder in folders)}. Keep the folder `exemplars` beside the checkpoint."
         )
-    path: Path = candidates[0]
-    if path.stat().st_size != record["bytes"] or _digest(path) != record["sha256"]:
-        raise ValueError(
-            f"The copied exemplars {str(path)!r} are not those that the checkpoint was written with: it is"
-            " damaged or was altered. Put the original back, or resume from a checkpoint that does not need it."
-        )
-    return path
+    intact = [path for path in candidates if _is_intact(path, record)]
+    if intact:
+        return intact[0]
+    raise ValueError(
+        f"The copied exemplars {str(candidates[0])!r} are not those that the checkpoint was written with: the file is"
+        " damaged or was altered. Put the original back, or resume from a checkpoint that does not need it."
+    )
+
+
+def adopt_exemplars(path: Path, record: dict[str, Any], folder: Path) -> None:
+    """Bring a file into another run's folder, so that it stays complete by itself; by a link where that is possible."""
+    adopted = folder / path.name
+    if adopted.exists() and _is_intact(adopted, record):
+        return
+    temporary = folder / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copyfile(path, temporary)
+        temporary.replace(adopted)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _is_intact(path: Path, record: dict[str, Any]) -> bool:
+    return bool(path.stat().st_size == record["bytes"] and _digest(path) == record["sha256"])
 
 
 def _digest(path: Path) -> str:
@@ -117,16 +137,3 @@ def _digest(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             found.update(chunk)
     return found.hexdigest()
-
-
-def adopt_exemplars(path: Path, folder: Path) -> Path:
-    """Bring a file into another run's folder, so that it stays complete by itself; by a link where that is possible."""
-    adopted = folder / path.name
-    if not adopted.exists():
-        try:
-            os.link(path, adopted)
-        except OSError:
-            temporary = folder / f".{path.name}.{os.getpid()}.tmp"
-            shutil.copyfile(path, temporary)
-            temporary.replace(adopted)
-    return adopted

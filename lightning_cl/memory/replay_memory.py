@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_cl.arguments import check_choice
+from lightning_cl.arguments import check_choice, check_count
 from lightning_cl.hashing import mix, mix_each
 from lightning_cl.memory.selection import (
     Selection,
@@ -78,9 +78,8 @@ class ReplayMemory:
         seed: int = 0,
     ) -> None:
         check_choice("selection", selection, get_args(Selection))
-        for name, value in (("size", size), ("per_class", per_class)):
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        check_count("size", size)
+        check_count("per_class", per_class)
         if per_class is not None and selection not in ("class_balanced", "herding"):
             raise ValueError(
                 f"`per_class` is for `selection` 'class_balanced' or 'herding', got {per_class} with {selection!r}."
@@ -341,6 +340,9 @@ class ReplayMemory:
                     "Samples without classes can use 'reservoir' or 'random'."
                 )
             return np.full(count, -1, dtype=np.int32)
+        if not by_class:  # targets may be other numbers than classes
+            targets = torch.as_tensor(labels)
+            labels = torch.where((targets >= 0) & (targets <= _LARGEST_ID), targets, -1)
         classes = _as_ids("labels", labels, lowest=0 if by_class else -1, highest=_LARGEST_ID)
         if len(classes) != count:
             raise ValueError(f"`labels` must be one for each of the {count} `indices`, got {len(classes)}.")

@@ -85,29 +85,45 @@ def replace_part(batch: Any, old: Any, new: Any) -> Any:
     return batch
 
 
-def join_rows(batches: Sequence[Any]) -> Any:
+def join_rows(batches: Sequence[Any], counts: Sequence[int]) -> Any:
     """Return one batch with the rows of several batches of the same structure, one after another.
+
+    Args:
+        batches: The batches.
+        counts: How many rows each has.
 
     Raises:
         ValueError: If the batches do not go together, showing the structure of the first two.
     """
     first = batches[0]
     try:
+        types = {type(batch) for batch in batches}
+        if len(types) > 1 and not types <= {list, tuple}:
+            raise TypeError("batches of different types")
         if isinstance(first, Tensor):
             return torch.cat([batch.to(first.device) for batch in batches])
         if isinstance(first, Mapping):
-            return {key: join_rows([batch[key] for batch in batches]) for key in first}
+            return {key: join_rows([batch[key] for batch in batches], counts) for key in first}
         if isinstance(first, tuple) and hasattr(first, "_fields"):
-            return type(first)(*(join_rows(part) for part in zip(*batches, strict=True)))
+            return type(first)(*(join_rows(part, counts) for part in zip(*batches, strict=True)))
         if isinstance(first, (list, tuple)):
-            # a collate function makes a list of strings and other leaves with one entry a row
-            if _is_leaf_list(first):
+            if all(_lists_rows(batch, count) for batch, count in zip(batches, counts, strict=True)):
                 return type(first)(row for batch in batches for row in batch)
-            return type(first)(join_rows(part) for part in zip(*batches, strict=True))
+            return type(first)(join_rows(part, counts) for part in zip(*batches, strict=True))
     except (RuntimeError, ValueError, KeyError, TypeError):
         shown = " and ".join(describe(batch) for batch in batches[:2])
         raise ValueError(f"Samples of different tasks make no common batch: {shown}.") from None
     return first
+
+
+def count_rows(batch: Any) -> int | None:
+    """Return the rows of a batch, as its first tensor has them; ``None`` if it has none."""
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.ndim > 0 else None
+    if isinstance(batch, (Mapping, list, tuple)):
+        parts = batch.values() if isinstance(batch, Mapping) else batch
+        return next((rows for rows in map(count_rows, parts) if rows is not None), None)
+    return None
 
 
 def take_rows(batch: Any, rows: slice | list[int], count: int) -> Any:
@@ -119,18 +135,30 @@ def take_rows(batch: Any, rows: slice | list[int], count: int) -> Any:
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(take_rows(part, rows, count) for part in batch))
     if isinstance(batch, (list, tuple)):
-        if len(batch) == count and not any(_has_rows(part, count) for part in batch):
+        if _lists_rows(batch, count):
             return batch[rows] if isinstance(rows, slice) else type(batch)(batch[row] for row in rows)
         return type(batch)(take_rows(part, rows, count) for part in batch)
     return batch
 
 
-def _has_rows(part: Any, rows: int) -> bool:
-    return isinstance(part, (Tensor, list, tuple)) and len(part) == rows
+def kind_of(sample: Any) -> Any:
+    """Return something that is equal for samples of one kind: the types of a sample and of its parts."""
+    if isinstance(sample, Mapping):
+        return type(sample), tuple((key, kind_of(value)) for key, value in sorted(sample.items(), key=str))
+    if isinstance(sample, tuple):
+        return type(sample), tuple(kind_of(part) for part in sample)
+    return type(sample)
 
 
-def _is_leaf_list(batch: Sequence[Any]) -> bool:
-    return not any(isinstance(part, (Tensor, Mapping, list, tuple)) for part in batch)
+def _lists_rows(batch: Sequence[Any], count: int) -> bool:
+    # strings, detections and ragged tensors stand in a list with an entry per row, other parts have their rows inside
+    return len(batch) == count and not any(_has_rows(part, count) for part in batch)
+
+
+def _has_rows(part: Any, count: int) -> bool:
+    if isinstance(part, Mapping):
+        return any(_has_rows(value, count) for value in part.values())
+    return isinstance(part, (Tensor, list, tuple)) and len(part) == count
 
 
 def describe(batch: Any, depth: int = 3) -> str:

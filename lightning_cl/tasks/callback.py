@@ -28,6 +28,11 @@ class ContinualCallback(Callback):
     observer: bool = False
 
     @property
+    def is_active(self) -> bool:
+        """Whether the callback takes part; one that is switched off is as if it were not there."""
+        return True
+
+    @property
     def wants_rollback(self) -> bool:
         """Whether a copy of the run is kept from the start of each task, so that `accept_task` may refuse it."""
         return False
@@ -69,6 +74,13 @@ class ContinualCallback(Callback):
             outputs: What ``training_step`` returned.
         """
         return None
+
+    def on_batch_trained(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
+        """Called after each training batch, before any callback's ``on_train_batch_end``.
+
+        What a behaviour keeps of a batch belongs here: a checkpoint that is written in ``on_train_batch_end`` has it,
+        wherever the callback that writes it stands in the list.
+        """
 
     def around_training_step(
         self,

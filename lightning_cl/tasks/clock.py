@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_cl.tasks import compat, rollback
 from lightning_cl.tasks.added_loss import LossTerms
+from lightning_cl.tasks.callback import ContinualCallback
 from lightning_cl.tasks.dispatch import continual_callbacks, is_accepted, send
 from lightning_cl.tasks.early_stopping import TaskEarlyStopping
 from lightning_cl.tasks.limits import TaskLimits
@@ -44,6 +45,7 @@ class TaskClock(Callback):
         self._copy: dict[str, Any] | None = None
         self._random_states: list[dict[str, Any]] | None = None
         self._repeat_as: int | None = None
+        self._batch_listeners: list[ContinualCallback] = []
 
     @classmethod
     def of(cls, trainer: Trainer) -> "TaskClock | None":
@@ -90,7 +92,10 @@ class TaskClock(Callback):
 
         self._overrides.wrap(pl_module, "configure_optimizers", configure_optimizers)
         self._overrides.wrap(pl_module, "on_train_epoch_end", on_train_epoch_end)
-        LossTerms(trainer, pl_module, continual_callbacks(trainer)).attach(self._overrides)
+        callbacks = continual_callbacks(trainer)
+        LossTerms(trainer, pl_module, callbacks).attach(self._overrides)
+        usual = ContinualCallback.on_batch_trained
+        self._batch_listeners = [c for c in callbacks if type(c).on_batch_trained is not usual]
 
     @property
     def limits(self) -> TaskLimits:
@@ -123,6 +128,7 @@ class TaskClock(Callback):
     def uninstall(self, trainer: Trainer) -> None:
         """Leave Trainer and module as they were before the fit."""
         self._overrides.undo()
+        self._batch_listeners = []
         if self._known_limits is not None:
             self._known_limits.restore()
             self._known_limits = None
@@ -243,6 +249,13 @@ class TaskClock(Callback):
             early_stopping.start_task()
         send(trainer, pl_module, "on_task_start", self.task)
         self.progress.started = True
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        for callback in self._batch_listeners:
+            callback.on_batch_trained(trainer, pl_module, batch_idx)
 
     def _end_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         progress = self.progress

@@ -78,9 +78,16 @@ def evaluate_samples(
         for batch in device_batches(trainer, pl_module, loader):
             rows.append(call(batch).detach().flatten(1).float())
     order, values = torch.tensor(places), torch.cat(rows)
+    if len(order) != len(values):
+        raise ValueError(
+            f"{len(order)} samples of task {task} gave {len(values)} rows. Let the collate function and the"
+            " DataModule's transfer hooks keep one row per sample."
+        )
     if shared:
         order, values = gather_rows(trainer, order, values)
-    return values.cpu()[order.argsort()]
+    values = values.cpu()[order.argsort()]
+    # a module may put out something else on each rank
+    return values if shared else trainer.strategy.broadcast(values)
 
 
 def gather_rows(trainer: Trainer, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

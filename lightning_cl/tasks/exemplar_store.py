@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +35,35 @@ class ExemplarStore:
         self._saved_folder: Path | None = None
         self._files: dict[str, ExemplarFile] = {}
 
-    def prepare(self, trainer: Trainer, tasks: Iterable[int]) -> None:
+    def prepare(self, trainer: Trainer, stream: ReplayStream, tasks: Iterable[int]) -> None:
         """Make the folder and check the files of a resumed run; to be called on all ranks before the first step.
 
         Args:
             trainer: The Trainer.
-            tasks: The tasks that the memory has samples of.
+            stream: The tasks.
+            tasks: Those that the memory has samples of.
 
         Raises:
-            MisconfigurationException: If the folder cannot be written to, or a file is missing or was altered.
+            MisconfigurationException: If the folder cannot be written to, a file is missing or was altered, or the
+                samples are of a kind that cannot be copied.
         """
         folder = _folder(trainer)
-        _on_first_rank(trainer, lambda: _check_writable(folder))
+        current = stream.current_task.index
+
+        def check() -> None:
+            _check_writable(folder)
+            try:
+                _copy(stream.training_view(current), torch.arange(1), stream.seed)
+            except TypeError as error:
+                raise MisconfigurationException(f"`storage='copy'`: {error} Say `storage='reference'`.") from None
+
+        _on_first_rank(trainer, check)
         for task in tasks:
             if task in self._records:
-                path = self._open(trainer, task).path
-                _on_first_rank(trainer, lambda path=path: adopt_exemplars(path, folder))
+                path, record = self._open(trainer, task).path, self._records[task]
+                _on_first_rank(trainer, partial(adopt_exemplars, path, record, folder))
+                if (folder / path.name).is_file():  # else on another machine, without a common disk
+                    self._files[record["name"]] = ExemplarFile(folder / path.name)
         self._saved_folder = folder
 
     def __contains__(self, task: int) -> bool:
@@ -87,10 +101,13 @@ class ExemplarStore:
         if record["name"] not in self._files:
             beside = [] if not trainer.ckpt_path else [Path(str(trainer.ckpt_path)).parent / FOLDER]
             folders = [*beside, *([] if self._saved_folder is None else [self._saved_folder]), _folder(trainer)]
+            path, problem = None, "Another process did not find the copied exemplars: all machines need one folder."
             try:
                 path = find_exemplars(record, list(dict.fromkeys(folders)))
             except (FileNotFoundError, ValueError) as error:
-                raise MisconfigurationException(str(error)) from None
+                problem = str(error)
+            if not trainer.strategy.reduce_boolean_decision(path is not None, all=True) or path is None:
+                raise MisconfigurationException(problem)
             self._files[record["name"]] = ExemplarFile(path)
         return self._files[record["name"]]
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, StackDataset, Subset, TensorDa
 from typing_extensions import override
 
 from lightning_cl.hashing import mix, mix_each
-from lightning_cl.tasks.batches import BatchStructure, join_rows, replace_part
+from lightning_cl.tasks.batches import BatchStructure, join_rows, kind_of, replace_part
 from lightning_cl.tasks.random_state import forked_cpu_generators, seed_generators
 from lightning_cl.tasks.sampler import Draw, Replayed, TaskSampler
 
@@ -168,9 +168,19 @@ def fetch(parts: Sequence[Rows]) -> Any:
         if alike:
             return first.collate_fn(first.samples(torch.cat(positions).tolist(), [s for some in seeds for s in some]))
         samples = [part.data.samples(at.tolist(), some) for part, at, some in zip(parts, positions, seeds, strict=True)]
-        if all(isinstance(some, list) for some in samples):
+        if _collate_together(parts, samples):
             return first.collate_fn([sample for some in samples for sample in some])
-        return join_rows([part.data.collate_fn(some) for part, some in zip(parts, samples, strict=True)])
+        batches = [part.data.collate_fn(some) for part, some in zip(parts, samples, strict=True)]
+        return join_rows(batches, [len(part.ids) for part in parts])
+
+
+def _collate_together(parts: Sequence[Rows], samples: Sequence[Any]) -> bool:
+    # one call lets a collate function pad all rows to one length, but it cannot mix samples of different kinds
+    return (
+        all(isinstance(some, list) for some in samples)
+        and all(part.data.collate_fn == parts[0].data.collate_fn for part in parts)
+        and len({kind_of(some[0]) for some in samples}) == 1
+    )
 
 
 class _JoinedTasks(Dataset[Any]):

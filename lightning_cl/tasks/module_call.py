@@ -67,6 +67,8 @@ class ModuleCall:
         if head is not None:
             layers = {head: layer_named(pl_module, head)}
         tried = []
+        if differentiable and is_overridden("predict_step", pl_module):
+            tried.append("predict_step: left out, since it need not give gradients; `forward` must return logits")
         for name, call in _ways_to_call(pl_module, batch, structure, differentiable):
             with LayerTap(dict(layers)) as tap:
                 try:

@@ -1,14 +1,16 @@
 """What the callbacks that replay past samples share: a memory, kept up to date, and its samples in the batches."""
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_cl.arguments import check_choice
+from lightning_cl.arguments import check_choice, check_count
 from lightning_cl.memory import ReplayMemory, Selection
 from lightning_cl.taps import LayerTap, find_head, layer_named
 from lightning_cl.tasks import compat
@@ -64,10 +66,7 @@ class ReplayCallback(ContinualCallback):
         check_choice("mix", mix, ("append", "joint"))
         check_choice("storage", storage, ("reference", "copy"))
         check_choice("start", start, ("next_task", "online"))
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(
-                f"`batch_size` must be at least 1, got {batch_size}. Leave out `size` to train without replay."
-            )
+        check_count("batch_size", batch_size)
         if mix == "joint" and (start == "online" or batch_size is not None):
             what = "start='online'" if start == "online" else f"batch_size={batch_size}"
             raise ValueError(
@@ -91,7 +90,7 @@ class ReplayCallback(ContinualCallback):
         self.memory = None if size is None and per_class is None else self._new_memory(seed or 0)
         self._store = ExemplarStore()
         self._stream: ReplayStream | None = None
-        self._labels: tuple[int, Tensor | None] | None = None
+        self._labels: dict[int, Tensor | None] = {}
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -108,14 +107,14 @@ class ReplayCallback(ContinualCallback):
         self._check(trainer, stream)
         self.memory = self._new_memory(stream.seed if self.seed is None else self.seed)
         self._store = ExemplarStore()
-        self._labels = None
+        self._labels = {}
         stream.replay = ReplayPlan(
             memory=self.memory,
             batch_size=self.batch_size,
             mix=self.mix,
             online=self.start == "online",
-            past_data=lambda task: self._past_data(trainer, stream, task),
-            labels=lambda task: self._labels_of(stream, task),
+            past_data=partial(self._past_data, trainer, stream),
+            labels=partial(self._labels_of, stream),
         )
 
     @override
@@ -128,22 +127,29 @@ class ReplayCallback(ContinualCallback):
 
     def forget(self) -> None:
         """Let go of what belongs to one fit; the memory stays."""
-        self._stream = self._labels = None
+        self._stream = None
+        self._labels = {}
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.memory is not None and self._copies(trainer):
-            self._store.prepare(trainer, self.memory.task_counts)
+            self._store.prepare(trainer, self.stream, self.memory.task_counts)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.memory is not None and self.selection == "herding":
-            self._features(trainer, pl_module, 0, torch.arange(1))  # refuses a module without a head before training
+        if self.memory is None:
+            return
+        task = self.stream.current_task
+        if self.selection == "herding":  # refuses a module without a head before training
+            self._features(trainer, pl_module, task.index, torch.arange(1))
+        if len(self.memory) == 0 and task.index > 0:
+            rank_zero_warn(
+                f"{type(self).__name__} begins at task {task.index} ({task.name}) with an empty memory: the checkpoint"
+                " holds none, so nothing of earlier tasks is replayed."
+            )
 
     @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_batch_trained(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
         if self.memory is None or self.start != "online":
             return
         stream = self.stream
@@ -167,22 +173,52 @@ class ReplayCallback(ContinualCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.memory is None else {"memory": self.memory.state_dict(), "store": self._store.state_dict()}
+        if self.memory is None:
+            return {}
+        return {
+            "memory": self.memory.state_dict(),
+            "mix": self.mix,
+            "start": self.start,
+            "store": self._store.state_dict(),
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self.memory is None or not state_dict:
+        # a test needs no memory, and must not replace that of a fit
+        if self.memory is None or self._stream is None or not state_dict:
             return
         if self.seed is not None and state_dict["memory"]["seed"] != self.seed:
             raise MisconfigurationException(
                 f"The checkpoint's replay memory has `seed={state_dict['memory']['seed']}`, this one has"
                 f" `seed={self.seed}`: other samples would be kept."
             )
+        for name in ("mix", "start"):
+            if state_dict[name] != getattr(self, name):
+                raise MisconfigurationException(
+                    f"The checkpoint is from a run with `{name}={state_dict[name]!r}`, this one has"
+                    f" `{name}={getattr(self, name)!r}`: other samples would be replayed. Resume with the same."
+                )
         try:
             self.memory.load_state_dict(state_dict["memory"])
         except ValueError as error:
             raise MisconfigurationException(f"The checkpoint has another replay memory: {error}") from None
         self._store.load_state_dict(state_dict["store"])
+
+    @property
+    @override
+    def is_active(self) -> bool:
+        return self.memory is not None
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """One that is switched off does not stand in the way of another."""
+        return super().state_key if self.is_active else self._generate_state_key(size=None)
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether samples must have class labels."""
+        return self.selection in ("class_balanced", "herding")
 
     @property
     def stream(self) -> ReplayStream:
@@ -201,8 +237,9 @@ class ReplayCallback(ContinualCallback):
     def find_call(self, trainer: Trainer, pl_module: LightningModule, **options: Any) -> ModuleCall:
         """Find out how to call the module for logits, on a few real samples."""
         stream = self.stream
-        few = torch.arange(min(8, stream.samples_of(0) or 0))
-        loader = stream.training_view_loader(0, few, lambda draw: None, every_rank=True)
+        task = stream.current_task.index  # the data of earlier ones may be gone
+        few = torch.arange(min(8, stream.samples_of(task) or 0))
+        loader = stream.training_view_loader(task, few, lambda draw: None, every_rank=True)
         with evaluating(trainer, pl_module):
             batch = next(device_batches(trainer, pl_module, loader))
             return ModuleCall.find(pl_module, batch, stream.structure, stream.num_classes, **options)
@@ -219,7 +256,13 @@ class ReplayCallback(ContinualCallback):
                 call(batch)
             return tap.inputs[name]
 
-        return evaluate_samples(trainer, pl_module, self.stream, task, indices, features)
+        found = evaluate_samples(trainer, pl_module, self.stream, task, indices, features)
+        if not bool(found.isfinite().all()):
+            raise ValueError(
+                f"`selection='herding'` compares features, and those of task {task} are not finite numbers: has the"
+                " training diverged?"
+            )
+        return found
 
     def _new_memory(self, seed: int) -> ReplayMemory:
         return ReplayMemory(self.size, self.selection, self.per_class, seed)
@@ -233,10 +276,9 @@ class ReplayCallback(ContinualCallback):
         return stream.task_data(task, "train")
 
     def _labels_of(self, stream: ReplayStream, task: int) -> Tensor | None:
-        if self._labels is None or self._labels[0] != task:
-            needed = self.selection in ("class_balanced", "herding")
-            self._labels = task, stream.labels_of(task, read=needed)
-        return self._labels[1]
+        if task not in self._labels:
+            self._labels[task] = stream.labels_of(task, read=self.selection in ("class_balanced", "herding"))
+        return self._labels[task]
 
     def _check(self, trainer: Trainer, stream: ReplayStream) -> None:
         name = type(self).__name__
@@ -257,12 +299,17 @@ class ReplayCallback(ContinualCallback):
                 f"`size={self.size}` of {name} is less than one slot for each of the {len(classes)} classes of the"
                 f" stream. Give it at least {len(classes)}."
             )
-        if self.selection in ("class_balanced", "herding"):
+        if self.selection == "random" and self.size is not None and self.size < len(stream.tasks):
+            raise MisconfigurationException(
+                f"`size={self.size}` of {name} is less than one slot for each of the {len(stream.tasks)} tasks of the"
+                f" stream. Give it at least {len(stream.tasks)}."
+            )
+        if self.needs_labels:
             try:
                 for task in stream.tasks:
                     stream.check_labels(task.index)
             except ValueError as error:
                 raise MisconfigurationException(
-                    f"`selection={self.selection!r}` shares the memory among classes: {error} Streams without classes"
-                    " can use `selection='reservoir'` or 'random'."
+                    f"{name} with `selection={self.selection!r}` needs class labels. {error} For data without classes"
+                    " there is `Replay` with `selection='reservoir'` or 'random'."
                 ) from None

@@ -42,6 +42,11 @@ class Draw(NamedTuple):
     replayed: Replayed | None = None
     offered: list[int] | None = None
 
+    @property
+    def rows(self) -> int:
+        """Rows of the batch."""
+        return len(self.ids) + (0 if self.replayed is None else len(self.replayed.slots))
+
 
 class Cursor(NamedTuple):
     """Where the run stands: looked up when the first batch is asked for, thus after any restore.

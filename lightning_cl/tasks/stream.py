@@ -56,6 +56,7 @@ class ReplayStream(TaskStream, Protocol):
     seed: int
     replay: ReplayPlan | None
     training_draw: Draw | None
+    training_rows: int | None
 
     @property
     def current_task(self) -> Task:

@@ -45,6 +45,7 @@ def _metrics(*args, **options):
 
 
 def test_two_splits_in_one_run_log_and_write_their_own_figures(tmp_path):
+    seed_everything(0, verbose=False)
     both = [_metrics(), _metrics(split="test")]
     trainer = _fit(both, module=Plain(lr=0.05), logger=CSVLogger(tmp_path), log_every_n_steps=1)
     assert not torch.equal(both[0].matrix[2], both[1].matrix[2])  # else the test would show nothing

@@ -240,7 +240,6 @@ def test_wrong_settings_are_refused(arguments, message):
         ("reservoir", (0, torch.zeros(2, 2, dtype=torch.long)), r"`indices` must be integers .* shape \(2, 2\)"),
         ("reservoir", (0, torch.rand(2)), "`indices` must be integers .* float32"),
         ("reservoir", (0, [1, 2], [1]), "`labels` must be one for each of the 2 `indices`, got 1"),
-        ("reservoir", (0, [1, 2], [1, -2]), "`labels` must be from -1 .* got -2 to 1"),
         ("class_balanced", (0, [1, 2]), "`labels` must be given for `selection` 'class_balanced'"),
         ("class_balanced", (0, [1, 2], [1, -1]), "`labels` must be from 0 .* got -1 to 1"),
         ("class_balanced", (0, [1, 2], [1, 2**31]), "`labels` must be from 0 to 2147483647"),
@@ -255,6 +254,14 @@ def test_a_malformed_offer_is_refused_and_changes_nothing(selection, offer, mess
     with pytest.raises(ValueError, match=message):
         memory.add(*offer)
     assert samples_in(memory) == before
+
+
+@pytest.mark.parametrize("selection", ["reservoir", "random"])
+def test_targets_that_are_no_classes_are_kept_as_unlabelled(selection):
+    memory = ReplayMemory(5, selection)
+    memory.add(0, [0, 1, 2, 3, 4], torch.tensor([0.5, -2.0, 1e12, 3.0, 1.0]).long())
+    labels = memory.labels.tolist()
+    assert sorted(labels) == [-1, -1, 0, 1, 3]
 
 
 @pytest.mark.parametrize("selection", ["class_balanced", "herding"])
