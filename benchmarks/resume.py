@@ -13,6 +13,7 @@ import random
 import signal
 import tempfile
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +41,9 @@ class Setting:
     ranks: int = 1
     accumulate: int = 1
     validate_every: float = 1.0
+    epochs: int = EPOCHS
+    callbacks: Callable[[], Sequence[Callback]] = tuple
+    seeded_once: bool = False  # only the run from the start gets its stream's seed from `seed_everything`
 
 
 class Net(BoringModel):
@@ -105,18 +109,19 @@ def run_stream(setting: Setting, directory: str, kill: Kill | None, resume_from:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     seed_everything(7 if resume_from is None else 99, verbose=False)
-    os.environ.pop("PL_GLOBAL_SEED")  # the order of samples must come from the checkpoint
+    if resume_from is not None or not setting.seeded_once:
+        os.environ.pop("PL_GLOBAL_SEED")  # the order of samples must come from the checkpoint
     batch_size = 12 // setting.ranks
     # with this split no short last batch leaves a rank with one sample, of which batch norm could make nothing
     digits = Digits(batch_size=batch_size, num_workers=setting.workers, val_fraction=0.11)
     data = ClassIncremental(digits, num_tasks=TASKS)
-    metrics = ContinualMetrics(print_table=False)
+    metrics, more = ContinualMetrics(print_table=False), setting.callbacks()
     checkpoints = [
         ModelCheckpoint(directory, "step-{step}", every_n_train_steps=7, save_top_k=-1),
         ModelCheckpoint(directory, "epoch-{epoch}", every_n_epochs=1, save_on_train_epoch_end=True, save_top_k=-1),
     ]
     trainer = Trainer(
-        max_epochs=EPOCHS,
+        max_epochs=setting.epochs,
         accelerator="cpu",
         devices=setting.ranks,
         strategy="ddp" if setting.ranks > 1 else "auto",
@@ -125,7 +130,7 @@ def run_stream(setting: Setting, directory: str, kill: Kill | None, resume_from:
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[metrics, Killer(kill), *checkpoints],
+        callbacks=[metrics, *more, Killer(kill), *checkpoints],
     )
     net = Net(setting.schedule)
     trainer.fit(net, datamodule=data, ckpt_path=resume_from)
@@ -135,6 +140,7 @@ def run_stream(setting: Setting, directory: str, kill: Kill | None, resume_from:
         "matrix": metrics.matrix,
         "steps": trainer.global_step,
         "task": data.current_task.index,
+        "callbacks": [callback.state_dict() for callback in more],
     }
 
 
