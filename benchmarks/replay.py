@@ -227,7 +227,10 @@ def in_turn(sides: dict[str, Side], rounds: int) -> dict[str, list[Run]]:
 
 
 def print_speed(title: str, runs: dict[str, list[Run]], ratios: dict[tuple[str, str], str]) -> None:
-    """Print the medians of each side, and the ratios of two sides with what is asked of them."""
+    """Print the medians of each side, and the median ratios of two sides, round by round, with what is asked of them.
+
+    A machine that others use is slow for minutes at a time, so what ran in the same round is compared.
+    """
     columns = ("step", "replay_step", "step_with_changes")
     ms = {
         name: [statistics.median(getattr(run, c) for run in of_side) for c in columns] for name, of_side in runs.items()
@@ -245,8 +248,9 @@ def print_speed(title: str, runs: dict[str, list[Run]], ratios: dict[tuple[str, 
     print("\n| ratio of the times | all steps | tasks 2-5 | with task changes | asked |\n|---|---|---|---|---|")
     for (above, below), asked in ratios.items():
         shown = ["-"] * len(columns)  # a side may be missing
-        if above in ms and below in ms:
-            shown = [f"{a / b:.2f}" for a, b in zip(ms[above], ms[below], strict=True)]
+        if above in runs and below in runs:
+            pairs = list(zip(runs[above], runs[below], strict=True))
+            shown = [f"{statistics.median(getattr(a, c) / getattr(b, c) for a, b in pairs):.2f}" for c in columns]
         print(f"| {above} / {below} | {' | '.join(shown)} | {asked} |")
     print(flush=True)
 
