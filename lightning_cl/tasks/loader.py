@@ -12,7 +12,12 @@ from typing_extensions import override
 
 from lightning_cl.hashing import mix, mix_each
 from lightning_cl.tasks.batches import BatchStructure, join_rows, kind_of, replace_part
-from lightning_cl.tasks.random_state import forked_cpu_generators, seed_generators
+from lightning_cl.tasks.random_state import (
+    forked_cpu_generators,
+    python_and_numpy_states,
+    seed_generators,
+    seed_torch_generator,
+)
 from lightning_cl.tasks.sampler import Draw, Replayed, TaskSampler
 
 
@@ -97,6 +102,7 @@ class TaskDataset(Dataset[Any]):
         self.indices = positions if indices is None else positions[indices]
         self.collate_fn = collate_fn
         self.transform = transform
+        self._seeds_torch_alone = True  # until a sample draws from another generator
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -124,7 +130,7 @@ class TaskDataset(Dataset[Any]):
         """Return samples, or the collated batch that a data set makes of them, each under its own seed."""
         fetch = None if _only_passes_on(self.dataset) else getattr(self.dataset, "__getitems__", None)
         if fetch is None:
-            return [self._sample(index, seed) for index, seed in zip(indices, seeds, strict=True)]
+            return self._each(indices, seeds)
         seed_generators(seeds[0])
         samples = fetch(indices)
         if self.transform is None:
@@ -133,8 +139,19 @@ class TaskDataset(Dataset[Any]):
             return self.transform.of_samples(samples, seeds)
         return self.transform.of_batch(samples, seeds)
 
-    def _sample(self, index: int, seed: int) -> Any:
-        seed_generators(seed)
+    def _each(self, indices: list[int], seeds: list[int]) -> list[Any]:
+        if self._seeds_torch_alone:
+            before = python_and_numpy_states()
+            samples = [
+                self._sample(index, seed, seed_torch_generator) for index, seed in zip(indices, seeds, strict=True)
+            ]
+            if python_and_numpy_states() == before:
+                return samples
+            self._seeds_torch_alone = False  # and these samples are made once more
+        return [self._sample(index, seed, seed_generators) for index, seed in zip(indices, seeds, strict=True)]
+
+    def _sample(self, index: int, seed: int, seed_with: Callable[[int], None]) -> Any:
+        seed_with(seed)
         sample = self.dataset[index]
         return sample if self.transform is None else self.transform.of_sample(sample)
 

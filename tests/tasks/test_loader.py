@@ -131,6 +131,18 @@ def test_a_sample_looks_the_same_in_any_worker_and_any_batch(batch_size, workers
     assert _rows(_loader(Noisy(), batch_size, num_workers=workers)) == expected_rows
 
 
+@pytest.mark.parametrize("draw", [np.random.rand, random.random, np.random.randn, lambda: random.gauss(0, 1)])
+def test_a_sample_looks_the_same_where_only_some_draw_from_python_or_numpy(draw):
+    class SometimesNoisy(Noisy):
+        def __getitem__(self, index):
+            return torch.tensor([index, torch.rand(()).item(), draw() if index in (7, 13) else 0.0]), index % 3
+
+    expected = _rows(_loader(SometimesNoisy(), 1))
+    assert expected[7][2] != expected[13][2]
+    for batch_size in (5, 24):
+        assert _rows(_loader(SometimesNoisy(), batch_size)) == expected
+
+
 @pytest.mark.parametrize("num_replicas", [2, 4])
 def test_a_sample_looks_the_same_on_any_rank(num_replicas, expected_rows):
     ranks = [_loader(Noisy(), 2, rank, num_replicas) for rank in range(num_replicas)]
