@@ -351,3 +351,17 @@ class TwoHeads(Plain):
 
     def validation_step(self, batch, batch_idx):
         self.log("val_acc", (self(batch[0])["main"].argmax(1) == batch[1]).float().mean())
+
+
+# modules of all kinds that classify digits, each with a DataModule that it can train on
+CLASSIFIERS = [
+    (BoringClassifier, DigitsData),
+    (DictModule, DictDigits),
+    (Plain, DigitsData),
+    (ReadsTheBase, DigitsData),
+    (WithoutValidation, DigitsData),
+    (Plain, ShiftingDigits),
+    (OwnTransfer, DigitsData),
+    (HuggingFaceLike, TokenDigits),
+    (HuggingFaceDict, TokenDigits),
+]

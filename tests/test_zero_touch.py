@@ -15,23 +15,17 @@ from lightning_cl.callbacks import ContinualMetrics
 from lightning_cl.datamodules import ClassIncremental, DomainIncremental
 from lightning_cl.tasks import ContinualCallback, added_loss
 from tests.modules import (
-    BoringClassifier,
+    CLASSIFIERS,
     BrightnessData,
-    DictDigits,
-    DictModule,
     DigitsData,
-    HuggingFaceDict,
-    HuggingFaceLike,
     Manual,
     OwnTransfer,
     PerTask,
     Plain,
     PredictsLabels,
-    ReadsTheBase,
     Regression,
     Scheduled,
     ShiftingDigits,
-    TokenDigits,
     TorchvisionModule,
     TrainingDigits,
     TwoHeads,
@@ -57,19 +51,7 @@ def _assert_a_stream_was_learnt(matrix, num_tasks=3):
 
 @pytest.mark.parametrize(
     ("module", "base"),
-    [
-        (BoringClassifier, DigitsData),
-        (DictModule, DictDigits),
-        (Plain, DigitsData),
-        (ReadsTheBase, DigitsData),
-        (WithoutValidation, DigitsData),
-        (Plain, ShiftingDigits),
-        (OwnTransfer, DigitsData),
-        (HuggingFaceLike, TokenDigits),
-        (HuggingFaceDict, TokenDigits),
-        (Manual, DigitsData),
-        (PredictsLabels, DigitsData),
-    ],
+    [*CLASSIFIERS, (Manual, DigitsData), (PredictsLabels, DigitsData)],
 )
 def test_an_unchanged_module_trains_over_a_stream_in_one_fit(module, base):
     seed_everything(0, verbose=False)

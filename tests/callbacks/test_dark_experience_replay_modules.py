@@ -11,21 +11,13 @@ from lightning_cl.callbacks import ContinualMetrics, DarkExperienceReplay
 from lightning_cl.datamodules import ClassIncremental, DomainIncremental, TaskList
 from lightning_cl.tasks import ContinualCallback, added_loss
 from tests.modules import (
-    BoringClassifier,
+    CLASSIFIERS,
     BrightnessData,
-    DictDigits,
-    DictModule,
     DigitsData,
-    HuggingFaceDict,
-    HuggingFaceLike,
     Manual,
-    OwnTransfer,
     Plain,
     PredictsLabels,
-    ReadsTheBase,
     Regression,
-    ShiftingDigits,
-    TokenDigits,
     TorchvisionModule,
     TrainingDigits,
     TwoHeads,
@@ -46,19 +38,7 @@ class Terms(Callback):
 
 @pytest.mark.parametrize(
     ("module", "base"),
-    [
-        (BoringClassifier, DigitsData),
-        (DictModule, DictDigits),
-        (Plain, DigitsData),
-        (ReadsTheBase, DigitsData),
-        (WithoutValidation, DigitsData),
-        (WithoutValidation, TrainingDigits),
-        (Plain, ShiftingDigits),
-        (OwnTransfer, DigitsData),
-        (HuggingFaceLike, TokenDigits),
-        (HuggingFaceDict, TokenDigits),
-        (lambda: Manual(added_loss), DigitsData),
-    ],
+    [*CLASSIFIERS, (WithoutValidation, TrainingDigits), (lambda: Manual(added_loss), DigitsData)],
 )
 def test_der_remembers_whatever_the_module(module, base):
     seed_everything(0, verbose=False)

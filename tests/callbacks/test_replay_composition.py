@@ -24,22 +24,14 @@ from lightning_cl.callbacks import ContinualMetrics, DarkExperienceReplay, Repla
 from lightning_cl.datamodules import ClassIncremental, DomainIncremental
 from lightning_cl.tasks import ContinualCallback
 from tests.modules import (
-    BoringClassifier,
+    CLASSIFIERS,
     BrightnessData,
-    DictDigits,
-    DictModule,
     DigitsData,
-    HuggingFaceDict,
-    HuggingFaceLike,
     Manual,
-    OwnTransfer,
     PerTask,
     Plain,
     PredictsLabels,
-    ReadsTheBase,
     Regression,
-    ShiftingDigits,
-    TokenDigits,
     TorchvisionModule,
     TrainingDigits,
     WithoutValidation,
@@ -306,20 +298,7 @@ def test_a_training_step_without_batch_idx_is_called_as_it_wants():
 
 @pytest.mark.parametrize(
     ("module", "base"),
-    [
-        (BoringClassifier, DigitsData),
-        (DictModule, DictDigits),
-        (Plain, DigitsData),
-        (ReadsTheBase, DigitsData),
-        (WithoutValidation, DigitsData),
-        (WithoutValidation, TrainingDigits),
-        (Plain, ShiftingDigits),
-        (OwnTransfer, DigitsData),
-        (HuggingFaceLike, TokenDigits),
-        (HuggingFaceDict, TokenDigits),
-        (Manual, DigitsData),
-        (PredictsLabels, DigitsData),
-    ],
+    [*CLASSIFIERS, (WithoutValidation, TrainingDigits), (Manual, DigitsData), (PredictsLabels, DigitsData)],
 )
 def test_replay_remembers_whatever_the_module(module, base):
     seed_everything(0, verbose=False)
