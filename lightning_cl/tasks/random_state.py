@@ -25,7 +25,7 @@ def seed_torch_generator(seed: int) -> None:
 def python_and_numpy_states() -> tuple[Any, ...]:
     """Return something that compares equal as long as nothing is drawn from Python's and NumPy's generators."""
     _, keys, *rest = np.random.get_state(legacy=True)
-    return random.getstate(), keys.tobytes(), rest
+    return random.getstate(), np.asarray(keys).tobytes(), rest
 
 
 def collect_random_state() -> dict[str, Any]:
