@@ -1,4 +1,4 @@
-"""Metrics of a stream of tasks in torchmetrics' form; `lightning_cl.metrics.functional` has their functional twins."""
+"""Metrics of a stream of tasks in torchmetrics' form, with their functional twins in `functional` and `stability`."""
 
 from lightning_cl.metrics.accuracy_matrix import AccuracyMatrix
 from lightning_cl.metrics.continual import (
@@ -8,6 +8,32 @@ from lightning_cl.metrics.continual import (
     Forgetting,
     ForwardTransfer,
 )
+from lightning_cl.metrics.recency import TaskRecencyBias
+from lightning_cl.metrics.stability import (
+    GapMatrices,
+    min_accuracy,
+    normalized_recovery,
+    normalized_stability_gap,
+    recovery,
+    stability_gap,
+    stability_gaps,
+    task_minimum_accuracy,
+    task_recency_bias,
+    windowed_forgetting,
+    windowed_plasticity,
+    worst_case_accuracy,
+)
+from lightning_cl.metrics.stability_metrics import (
+    MinAccuracy,
+    NormalizedRecovery,
+    NormalizedStabilityGap,
+    Recovery,
+    StabilityGap,
+    TaskMinimumAccuracy,
+    WindowedForgetting,
+    WindowedPlasticity,
+    WorstCaseAccuracy,
+)
 
 __all__ = [
     "AccuracyMatrix",
@@ -16,4 +42,26 @@ __all__ = [
     "BackwardTransfer",
     "Forgetting",
     "ForwardTransfer",
+    "GapMatrices",
+    "MinAccuracy",
+    "NormalizedRecovery",
+    "NormalizedStabilityGap",
+    "Recovery",
+    "StabilityGap",
+    "TaskMinimumAccuracy",
+    "TaskRecencyBias",
+    "WindowedForgetting",
+    "WindowedPlasticity",
+    "WorstCaseAccuracy",
+    "min_accuracy",
+    "normalized_recovery",
+    "normalized_stability_gap",
+    "recovery",
+    "stability_gap",
+    "stability_gaps",
+    "task_minimum_accuracy",
+    "task_recency_bias",
+    "windowed_forgetting",
+    "windowed_plasticity",
+    "worst_case_accuracy",
 ]

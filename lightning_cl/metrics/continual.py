@@ -6,6 +6,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from torch import Tensor
+from torchmetrics import Metric
 from torchmetrics.utilities.plot import plot_single_or_multi_val
 from typing_extensions import override
 
@@ -19,8 +20,8 @@ from lightning_cl.metrics.functional import (
 )
 
 
-class _StreamMetric(AccuracyMatrix):
-    """A scalar made of the counts of an accuracy matrix."""
+class _ScalarMetric(Metric):
+    """A metric whose ``compute`` returns a scalar."""
 
     @override
     def plot(
@@ -46,6 +47,10 @@ class _StreamMetric(AccuracyMatrix):
             name=type(self).__name__,
         )
         return ax.get_figure(), ax
+
+
+class _StreamMetric(_ScalarMetric, AccuracyMatrix):
+    """A scalar made of the counts of an accuracy matrix."""
 
 
 class AverageAccuracy(_StreamMetric):

@@ -97,6 +97,6 @@ def test_plot_draws_one_value_and_the_course_of_several(metric):
 
 
 def test_every_metric_takes_only_arguments_that_a_config_can_hold():
-    for name in metrics.__all__:
-        parameters = inspect.signature(getattr(metrics, name).__init__).parameters
+    for metric in (metrics.AccuracyMatrix, *FIGURES, metrics.ForwardTransfer):
+        parameters = inspect.signature(metric.__init__).parameters
         assert list(parameters) == ["self", "num_tasks", "task_classes", "kwargs"]
