@@ -1,9 +1,14 @@
-"""Read what layers of a module put out, by forward hooks."""
+"""Read and replace what layers of a module put out, by forward hooks."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+_own_outputs: ContextVar[bool] = ContextVar("own_outputs", default=False)
 
 
 class LayerTap:
@@ -30,7 +35,7 @@ class LayerTap:
 
     def __enter__(self) -> "LayerTap":
         for name, layer in self._layers.items():
-            self._handles.append(layer.register_forward_hook(self._keep(name)))
+            self._handles.append(layer.register_forward_hook(self._keep(name), with_kwargs=True))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -39,13 +44,66 @@ class LayerTap:
         self._handles = []
 
     def _keep(self, name: str) -> Any:
-        def keep(layer: nn.Module, inputs: Any, output: Any) -> None:
-            if inputs and isinstance(inputs[0], Tensor):
-                self.inputs[name] = inputs[0]
+        def keep(layer: nn.Module, inputs: Any, named: dict[str, Any], output: Any) -> None:
+            first = _first_tensor(inputs, named)
+            if first is not None:
+                self.inputs[name] = first
             if isinstance(output, Tensor):
                 self.outputs[name] = output
 
         return keep
+
+
+class OutputReplacement:
+    """Let a head answer in place of a layer while the module is in eval mode; training sees the layer's own output.
+
+    Args:
+        root: The module whose ``training`` flag decides; a backbone in it may be in eval mode for good.
+        layer: The layer whose input the head gets.
+        head: Returns the output; it is moved to where its input is. While it is ``None`` the layer answers for itself.
+
+    Example::
+
+        >>> import torch
+        >>> root = nn.Sequential(nn.Linear(2, 3))
+        >>> replacement = OutputReplacement(root, root[0], nn.Identity())
+        >>> root.eval()(torch.ones(1, 2))
+        tensor([[1., 1.]])
+        >>> replacement.remove()
+        >>> root(torch.ones(1, 2)).shape
+        torch.Size([1, 3])
+    """
+
+    def __init__(self, root: nn.Module, layer: nn.Module, head: nn.Module | None = None) -> None:
+        self.head = head
+        self._root = root
+        self._handle = layer.register_forward_hook(self, with_kwargs=True)
+
+    def __call__(self, layer: nn.Module, inputs: Any, named: dict[str, Any], output: Tensor) -> Tensor | None:
+        """Return what the head makes of the layer's input, or ``None`` to keep the output."""
+        features = _first_tensor(inputs, named)
+        if self.head is None or features is None or self._root.training or _own_outputs.get():
+            return None
+        scores: Tensor = self.head.to(features.device)(features)
+        return scores.to(torch.promote_types(scores.dtype, output.dtype))
+
+    def remove(self) -> None:
+        """Take it off."""
+        self._handle.remove()
+
+
+def _first_tensor(inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor | None:
+    return next((value for value in (*inputs, *named.values()) if isinstance(value, Tensor)), None)
+
+
+@contextmanager
+def own_outputs() -> Iterator[None]:
+    """Let every layer answer for itself while the ``with`` block lasts, whatever heads stand in for some."""
+    token = _own_outputs.set(True)
+    try:
+        yield
+    finally:
+        _own_outputs.reset(token)
 
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
@@ -70,7 +128,9 @@ def layer_named(module: nn.Module, name: str, argument: str = "head") -> nn.Modu
 
 
 def find_head(module: nn.Module, num_classes: int | None, head: str | None) -> str:
-    """Return the name of the classification layer: the one named, or the one linear layer with an output per class.
+    """Return the name of the classification layer: the one named, or the one layer with an output per class.
+
+    That is a linear layer or, where none fits, a 1x1 convolution.
 
     Raises:
         ValueError: If it cannot be told, naming `head` and listing the linear layers.
@@ -78,16 +138,25 @@ def find_head(module: nn.Module, num_classes: int | None, head: str | None) -> s
     if head is not None:
         layer_named(module, head)
         return head
-    layers = linear_layers(module)
-    fitting = [name for name, layer in layers.items() if layer.out_features == num_classes]
+    layers: dict[str, nn.Module] = dict(linear_layers(module))
+    fitting = [name for name, layer in linear_layers(module).items() if layer.out_features == num_classes]
+    if not fitting:
+        fitting = [name for name, layer in _pointwise_convolutions(module) if layer.out_channels == num_classes]
+        layers.update(_pointwise_convolutions(module))
     if len(fitting) == 1:
         return fitting[0]
-    found = "No linear layer" if not fitting else f"More than one linear layer ({', '.join(map(repr, fitting))})"
+    found = "No linear layer" if not fitting else f"More than one layer ({', '.join(map(repr, fitting))})"
     wanted = "the number of classes, which is unknown" if num_classes is None else f"{num_classes} outputs"
     raise ValueError(
         f"Cannot tell the classification layer of {type(module).__name__}: {found} has {wanted}. Name it with"
         f" `head=...`. Its linear layers are: {list_layers(layers.items())}."
     )
+
+
+def _pointwise_convolutions(module: nn.Module) -> Iterator[tuple[str, nn.Conv2d]]:
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Conv2d) and set(layer.kernel_size) == {1}:
+            yield name, layer
 
 
 def list_layers(layers: Iterable[tuple[str, nn.Module]]) -> str:

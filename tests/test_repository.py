@@ -17,6 +17,7 @@ PRIVATE_LIGHTNING_NAME = re.compile(
 ROOMS = {
     "cli": 4,
     "__main__": 4,
+    "loading": 4,
     "callbacks": 3,
     "datamodules": 3,
     "models": 3,

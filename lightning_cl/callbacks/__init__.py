@@ -2,8 +2,18 @@
 
 from lightning_cl.callbacks.continual_metrics import ContinualMetrics
 from lightning_cl.callbacks.dark_experience_replay import DarkExperienceReplay
+from lightning_cl.callbacks.nearest_mean_classifier import NearestMeanClassifier
 from lightning_cl.callbacks.replay import Replay
+from lightning_cl.callbacks.stability_gap_tracker import StabilityGapTracker
 from lightning_cl.callbacks.task_progress_bar import TaskProgressBar
 from lightning_cl.tasks.early_stopping import TaskEarlyStopping
 
-__all__ = ["ContinualMetrics", "DarkExperienceReplay", "Replay", "TaskEarlyStopping", "TaskProgressBar"]
+__all__ = [
+    "ContinualMetrics",
+    "DarkExperienceReplay",
+    "NearestMeanClassifier",
+    "Replay",
+    "StabilityGapTracker",
+    "TaskEarlyStopping",
+    "TaskProgressBar",
+]

@@ -1,7 +1,6 @@
 """The accuracy matrix of a stream, its averages, tables, plots and result files."""
 
 from collections.abc import Iterable
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,15 +8,19 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_cl.arguments import check_choice
 from lightning_cl.metrics import AccuracyMatrix
 from lightning_cl.metrics.functional import forward_transfer
-from lightning_cl.reporting import print_summary, stream_averages, write_plots, write_results
+from lightning_cl.reporting import print_comparison, print_summary, stream_averages, write_plots, write_results
+from lightning_cl.taps import own_outputs
 from lightning_cl.tasks import ContinualCallback, Task, TaskClock, TaskEarlyStopping, compat
 from lightning_cl.tasks.batches import as_labels
+from lightning_cl.tasks.checkpoints import check_saves_at_task_ends
 from lightning_cl.tasks.evaluation import device_batches, evaluating
+from lightning_cl.tasks.head import compared_head
 from lightning_cl.tasks.module_call import ModuleCall
 from lightning_cl.tasks.stream import SingleTask, Split
 
@@ -54,6 +57,8 @@ class ContinualMetrics(ContinualCallback):
         mode: Whether a good value of `monitor` is high ("max") or low ("min").
         head: Name of the classification layer, where it cannot be found.
         print_table: Whether the matrix is printed when the fit ends.
+        compare_heads: Whether the classification layer is measured beside a head that stands in for it, such as that
+            of `NearestMeanClassifier`. Its figures are ``linear_acc/...`` in the log.
 
     Example::
 
@@ -71,6 +76,7 @@ class ContinualMetrics(ContinualCallback):
         mode: Literal["max", "min"] = "max",
         head: str | None = None,
         print_table: bool = True,
+        compare_heads: bool = False,
     ) -> None:
         check_choice("split", split, ("val", "test"))
         check_choice("tasks", tasks, ("seen", "all"))
@@ -79,14 +85,18 @@ class ContinualMetrics(ContinualCallback):
             raise ValueError(
                 f"`split` must be 'val' with `monitor={monitor!r}`, a metric of validation, got {split!r}."
             )
+        if compare_heads and monitor is not None:
+            raise ValueError(f"`compare_heads=True` compares accuracies, not `monitor={monitor!r}`. Leave one out.")
         self.split = split
         self.tasks = tasks
         self.monitor = monitor
         self.mode = mode
         self.head = head
         self.print_table = print_table
+        self.compare_heads = compare_heads
         self.matrix = torch.empty(0, 0)
         self.task_aware_matrix = torch.empty(0, 0)
+        self.linear_matrix = torch.empty(0, 0)
         self.baseline = torch.empty(0)
         self._monitored: dict[str, Any] = {}
         self._names: list[str] = []
@@ -120,6 +130,7 @@ class ContinualMetrics(ContinualCallback):
         self._names = [task.name for task in clock.stream.tasks]
         self.matrix = torch.full((count, count), torch.nan)
         self.task_aware_matrix = torch.full((count, count), torch.nan)
+        self.linear_matrix = torch.full((count, count), torch.nan)
         self.baseline = torch.full((count,), torch.nan)
         self._monitored = {}
         self._call = None
@@ -129,6 +140,8 @@ class ContinualMetrics(ContinualCallback):
                 " on the task sequence, and give `validation_step` an argument `dataloader_idx=0`."
             )
         self._check_others(trainer, clock)
+        if self.compare_heads:
+            compared_head(trainer)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -195,12 +208,18 @@ class ContinualMetrics(ContinualCallback):
                 "accuracy_matrix": self.matrix,
                 "task_aware_accuracy_matrix": self.task_aware_matrix,
             }
+            if self.compare_heads:
+                results["linear_averages"] = stream_averages(self.linear_matrix)
+                results["linear_accuracy_matrix"] = self.linear_matrix
             folder = Path(self._log_dir) / self._folder
             label = self.monitor or ("test accuracy" if self.split == "test" else "accuracy")
             paths = [*write_results(folder, results), *write_plots(folder, self.matrix, self._names, label)]
         if self.print_table:
             title = self.monitor or ("Test accuracy" if self.split == "test" else "Accuracy")
             print_summary(self.matrix, averages, self._names, f"{title} after each task", paths)
+            if self.compare_heads:
+                names = type(compared_head(trainer)).__name__, "classification layer"
+                print_comparison(dict(zip(names, (self.matrix, self.linear_matrix), strict=True)), self._names)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -208,12 +227,13 @@ class ContinualMetrics(ContinualCallback):
             "matrix": self.matrix.clone(),
             "task_aware_matrix": self.task_aware_matrix.clone(),
             "baseline": self.baseline.clone(),
+            "linear_matrix": self.linear_matrix.clone(),
             "monitored": dict(self._monitored),
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for name in ("matrix", "task_aware_matrix", "baseline"):
+        for name in ("matrix", "task_aware_matrix", "linear_matrix", "baseline"):
             current, saved = getattr(self, name), state_dict[name]
             if current.numel() == 0:
                 setattr(self, name, saved.clone())
@@ -247,7 +267,7 @@ class ContinualMetrics(ContinualCallback):
                     " ended. Monitor a metric that your module logs in validation."
                 )
             elif isinstance(callback, ModelCheckpoint) and callback.monitor in names and callback.save_top_k != 0:
-                _check_checkpoint(trainer, callback, clock)
+                check_saves_at_task_ends(trainer, callback, clock)
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, trained: int) -> None:
         clock = _clock(trainer)
@@ -258,20 +278,29 @@ class ContinualMetrics(ContinualCallback):
         classes = [list(task.classes or ()) for task in clock.stream.tasks]
         metric = AccuracyMatrix(len(classes)).to(pl_module.device)
         aware = AccuracyMatrix(len(classes), classes if all(classes) else None).to(pl_module.device)
+        linear = AccuracyMatrix(len(classes)).to(pl_module.device) if self.compare_heads else None
         with evaluating(trainer, pl_module):
             for task in measured:
                 for batch in device_batches(trainer, pl_module, self._loader(trainer, task), self._limit(trainer)):
                     logits = self._find_call(trainer, pl_module)(batch)
                     labels = as_labels(clock.stream.structure.find_targets(batch))
                     metric.update(logits, labels, trained, task)
+                    if linear is not None:
+                        with own_outputs():
+                            linear.update(self._find_call(trainer, pl_module)(batch), labels, trained, task)
                     aware.update(logits, labels, trained, task)
         if trained == -1:
             self.baseline = metric.baseline().cpu()
         else:
-            # torchmetrics squeezes the matrix of a single task to a scalar
-            self.matrix[trained] = metric.compute().view_as(self.matrix)[trained].cpu()
+            self.matrix[trained] = self._row(metric, trained)
             if all(classes):
-                self.task_aware_matrix[trained] = aware.compute().view_as(self.matrix)[trained].cpu()
+                self.task_aware_matrix[trained] = self._row(aware, trained)
+            if linear is not None:
+                self.linear_matrix[trained] = self._row(linear, trained)
+
+    def _row(self, metric: AccuracyMatrix, trained: int) -> Tensor:
+        # torchmetrics squeezes the matrix of a single task to a scalar
+        return metric.compute().view_as(self.matrix)[trained].cpu()
 
     def _take_monitored(self, clock: TaskClock, trained: int) -> None:
         if not clock.stream.served_tasks("val"):
@@ -316,6 +345,10 @@ class ContinualMetrics(ContinualCallback):
     def _log(self, pl_module: LightningModule, trained: int) -> None:
         row = {f"{self._prefix}/task_{task}": value for task, value in enumerate(self.matrix[trained].tolist())}
         row.update({f"{self._prefix}/{name}": value for name, value in self.averages.items()})
+        if self.compare_heads:
+            linear = {f"task_{task}": value for task, value in enumerate(self.linear_matrix[trained].tolist())}
+            linear.update(stream_averages(self.linear_matrix))
+            row.update({f"linear_{self._prefix}/{name}": value for name, value in linear.items()})
         values = {name: value for name, value in row.items() if value == value}
         pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
 
@@ -325,26 +358,6 @@ def _clock(trainer: Trainer) -> TaskClock:
     if clock is None:
         raise RuntimeError("There is no task clock outside a fit.")
     return clock
-
-
-def _check_checkpoint(trainer: Trainer, checkpoint: ModelCheckpoint, clock: TaskClock) -> None:
-    epochs = [clock.limits.epochs(task.index) for task in clock.stream.tasks]
-    if -1 in epochs:  # tasks that are counted in steps end in epochs that nobody knows yet
-        return
-    first, *ends = accumulate(epochs, initial=clock.progress.first_epoch)
-
-    def saves_at_ends(every: int) -> bool:
-        return every > 0 and all(epoch in ends for epoch in range(every, ends[-1] + 1, every) if epoch > first)
-
-    every, at_epoch_end = checkpoint.every_n_epochs or 0, compat.saves_at_epoch_end(trainer, checkpoint)
-    if at_epoch_end and saves_at_ends(every):
-        return
-    fitting = every if saves_at_ends(every) else next(filter(saves_at_ends, range(1, ends[-1] + 1)))
-    advice = f"every_n_epochs={fitting}" + ("" if at_epoch_end else ", save_on_train_epoch_end=True")
-    raise MisconfigurationException(
-        f"`ModelCheckpoint(monitor={checkpoint.monitor!r})` would save in epochs without that figure, which is"
-        f" measured at the end of a task's last epoch. Say `ModelCheckpoint(monitor={checkpoint.monitor!r}, {advice})`."
-    )
 
 
 def _why_no_loader(trainer: Trainer, split: Split) -> str:

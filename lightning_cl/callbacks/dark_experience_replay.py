@@ -10,9 +10,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_cl.memory import Selection
+from lightning_cl.taps import own_outputs
 from lightning_cl.tasks import Draw, Task
 from lightning_cl.tasks.batches import as_labels, count_rows, take_rows
-from lightning_cl.tasks.evaluation import evaluate_samples, evaluating, gather_rows
+from lightning_cl.tasks.evaluation import evaluate_samples, evaluating, find_call, gather_rows
 from lightning_cl.tasks.module_call import ModuleCall
 from lightning_cl.tasks.replay import ReplayCallback, Start, Storage
 
@@ -78,7 +79,7 @@ class DarkExperienceReplay(ReplayCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         if self.memory is not None:
-            self._call = self.find_call(trainer, pl_module, head=self.head, differentiable=True)
+            self._call, _ = find_call(trainer, pl_module, self.stream, head=self.head, differentiable=True)
 
     @override
     def around_training_step(
@@ -161,7 +162,8 @@ class DarkExperienceReplay(ReplayCallback):
     def _logits(self, batch: Any) -> Tensor:
         if self._call is None:
             raise RuntimeError("DarkExperienceReplay was asked for logits before training began.")
-        return self._call(batch)
+        with own_outputs():
+            return self._call(batch)
 
     def _look(self, trainer: Trainer, pl_module: LightningModule, batch: Any, draw: Draw) -> None:
         """Take the logits of the step's own samples that are in the memory, or will be after this step."""

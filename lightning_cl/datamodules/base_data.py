@@ -1,7 +1,7 @@
 """The user's DataModule, read for its data sets and loader settings."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -15,8 +15,7 @@ from lightning_cl.datamodules.evaluation_view import evaluation_view
 from lightning_cl.datamodules.labels import known_labels
 from lightning_cl.datamodules.splits import stratified_split
 from lightning_cl.tasks.loader import InputTransform, TaskDataset, flatten_subsets
-
-DataSplit = Literal["train", "val", "test"]
+from lightning_cl.tasks.stream import DataSplit
 
 _STAGES: dict[DataSplit, str] = {"train": "fit", "val": "fit", "test": "test"}
 _PASSED_ON = ("num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context", "prefetch_factor")

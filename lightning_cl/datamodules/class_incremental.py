@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-from lightning_cl.datamodules.base_data import DataSplit
 from lightning_cl.datamodules.labels import known_labels, read_labels
 from lightning_cl.datamodules.sequence import TaskSequence
 from lightning_cl.tasks import Task, TaskDataset
+from lightning_cl.tasks.stream import DataSplit
 
 
 class ClassIncremental(TaskSequence):

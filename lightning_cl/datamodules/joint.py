@@ -6,10 +6,10 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 from typing_extensions import override
 
-from lightning_cl.datamodules.base_data import DataSplit
 from lightning_cl.datamodules.labels import known_classes
 from lightning_cl.datamodules.sequence import TaskSequence
 from lightning_cl.tasks import Task, TaskDataset
+from lightning_cl.tasks.stream import DataSplit
 
 
 class Joint(TaskSequence):

@@ -7,11 +7,12 @@ from typing import Any, Literal
 from lightning.pytorch import LightningDataModule
 from typing_extensions import override
 
-from lightning_cl.datamodules.base_data import BaseData, DataSplit
+from lightning_cl.datamodules.base_data import BaseData
 from lightning_cl.datamodules.labels import known_classes
 from lightning_cl.datamodules.sequence import TaskSequence
 from lightning_cl.tasks import Draw, Task, TaskDataset
 from lightning_cl.tasks.batches import count_rows, join_rows, take_rows
+from lightning_cl.tasks.stream import DataSplit
 
 
 class TaskList(TaskSequence):
@@ -108,6 +109,10 @@ class TaskList(TaskSequence):
     def evaluation_loader(self, task: int, split: Literal["val", "test"]) -> Iterable[Any] | None:
         loader = super().evaluation_loader(task, split)
         return None if loader is None else _OneTasksBatches(self, task, loader)
+
+    @override
+    def samples_loader(self, task: int, *args: Any, **kwargs: Any) -> Iterable[Any]:
+        return _OneTasksBatches(self, task, super().samples_loader(task, *args, **kwargs))
 
     @override
     def _evaluation_loaders(self, split: Literal["val", "test"]) -> Any:

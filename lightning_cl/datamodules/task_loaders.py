@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from typing_extensions import override
 
-from lightning_cl.datamodules.base_data import BaseData, DataSplit
+from lightning_cl.datamodules.base_data import BaseData
 from lightning_cl.datamodules.delegation import DelegatingDataModule
 from lightning_cl.datamodules.labels import labels_of_task, read_labels
 from lightning_cl.tasks import BatchStructure, Cursor, Draw, Task, TaskDataset, TaskLoader, TaskSampler
 from lightning_cl.tasks.replay_plan import ReplayPlan, ReplaySampler
+from lightning_cl.tasks.stream import DataSplit
 
 EvalTasks = Literal["seen", "current", "all"]
 EvalLoaders = Literal["joined", "per_task"]
@@ -65,9 +66,12 @@ class TaskLoaders(DelegatingDataModule):
         rows[len(draw.ids) :] = True
         return rows
 
-    def samples_of(self, task: int) -> int | None:
-        """Return the number of a task's training samples, or ``None`` where data can only be iterated."""
-        return None if self.base_of(task).is_iterable() else len(self._required_data(task))
+    def samples_of(self, task: int, split: DataSplit = "train") -> int | None:
+        """Return the number of a task's samples, or ``None`` where data can only be iterated."""
+        if self.base_of(task).is_iterable(split):
+            return None
+        data = self._required_data(task) if split == "train" else self.task_data(task, split)
+        return 0 if data is None else len(data)
 
     def labels_of(self, task: int, read: bool = True) -> Tensor | None:
         """Return the class of each training sample of a task.
@@ -91,23 +95,40 @@ class TaskLoaders(DelegatingDataModule):
             read_labels(Subset(data.dataset, data.indices[:1].tolist()), self.structure)
 
     def training_view(self, task: int) -> TaskDataset:
-        """Return a task's training samples as an evaluation sees them: without random augmentation."""
+        """Return a task's training samples as an evaluation sees them: without random augmentation.
+
+        Where samples were copied, as an evaluation saw them, the others are missing.
+        """
+        copied = None if self.replay is None or task == self._current else self.replay.copies(task)
+        if copied is not None:
+            return copied  # type: ignore[no-any-return]
         data = self._required_data(task)
         evaluated = self.base_of(task).evaluated(data.dataset)
         return TaskDataset(evaluated, data.indices, data.collate_fn, data.transform)
 
-    def training_view_loader(
-        self, task: int, indices: Tensor, on_draw: Callable[[Draw], None], every_rank: bool = False
+    def samples_loader(
+        self,
+        task: int,
+        split: DataSplit,
+        indices: Tensor,
+        on_draw: Callable[[Draw], None],
+        every_rank: bool = False,
     ) -> Iterable[Any]:
-        """Return a loader over training samples of a task as an evaluation sees them, shared out over the ranks.
+        """Return a loader over samples of a task as an evaluation sees them, shared out over the ranks.
 
         Args:
             task: Index of the task.
-            indices: Which of its samples.
+            split: Whose samples.
+            indices: Which of them.
             on_draw: Called with the order behind each batch; its ``ids`` are positions in ``indices``.
             every_rank: Whether each rank gets all of them.
         """
-        view, base = self.training_view(task), self.base_of(task)
+        view = self.training_view(task) if split == "train" else self.task_data(task, split)
+        if view is None:
+            raise MisconfigurationException(f"Task {task} has no {split} data.")
+        if bool((view.indices[indices] < 0).any()):
+            raise ValueError(f"Samples of task {task} were asked for that are not among the copied ones.")
+        base = self.base_of(task)
         data = TaskDataset(view.dataset, view.indices[indices], view.collate_fn, view.transform)
         ranks = {} if every_rank else self._ranks()
         sampler = TaskSampler([data], base.batch_size("val"), shuffle=False, seed=self.seed, stream_key=task, **ranks)
@@ -128,7 +149,10 @@ class TaskLoaders(DelegatingDataModule):
             return TaskLoader([data], TaskSampler([data], **settings), **base.loader_settings("train"))
         settings["shuffle"] = settings["shuffle"] or self.replay.mix == "joint"
         sampler = ReplaySampler(data, self.replay, **settings)
-        past = {number: self.replay.past_data(number) for number in self.replay.tasks_before(task)}
+        past = {}
+        for number in self.replay.tasks_before(task):
+            copied = self.replay.copies(number)
+            past[number] = self._required_data(number) if copied is None else copied
         if self.replay.online:
             past[task] = data
         return TaskLoader([data], sampler, self._note_training_draw, past, **base.loader_settings("train"))

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich import get_console
 from torch import Tensor
 
-from lightning_cl.reporting.tables import accuracy_table, averages_table
+from lightning_cl.reporting.tables import accuracy_table, averages_table, comparison_table
 
 
 def print_summary(
@@ -32,3 +32,13 @@ def print_summary(
     for path in paths:
         shown = path.relative_to(here) if path.is_relative_to(here) else path
         console.print(f"  {shown}", soft_wrap=True, highlight=False)
+
+
+def print_comparison(matrices: Mapping[str, Tensor], task_names: Sequence[str] | None = None) -> None:
+    """Print what several heads reached at the end of one run, side by side.
+
+    Args:
+        matrices: Accuracy matrices of shape ``(tasks, tasks)`` by head.
+        task_names: One name per task; ``None`` for their numbers, from 1.
+    """
+    get_console().print(comparison_table(matrices, task_names))

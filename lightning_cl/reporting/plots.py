@@ -41,7 +41,7 @@ def write_plots(
         MATRIX_NAME: matrix_figure(matrix, task_names, label),
         PER_TASK_NAME: per_task_figure(matrix, task_names, label),
     }
-    return [write_atomically(Path(directory) / name, _png(figure)) for name, figure in figures.items()]
+    return [write_atomically(Path(directory) / name, png_of(figure)) for name, figure in figures.items()]
 
 
 def matrix_figure(matrix: Tensor, task_names: Sequence[str] | None = None, label: str = "accuracy") -> Figure:
@@ -91,6 +91,14 @@ def per_task_figure(matrix: Tensor, task_names: Sequence[str] | None = None, lab
     return figure
 
 
+def png_of(figure: Figure) -> bytes:
+    """Return a figure as a PNG file, with little margin."""
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(buffer, format="png", dpi=_DOTS_PER_INCH, bbox_inches="tight", pad_inches=0.05)
+    return buffer.getvalue()
+
+
 def _draw_course(ax: Axes, steps: np.ndarray, values: np.ndarray, name: str, color: np.ndarray, marker: str) -> None:
     known = ~np.isnan(values)
     ax.plot(steps[known], values[known], color=color, marker=marker, markersize=4, linewidth=1.2, label=name)
@@ -115,10 +123,3 @@ def _finish(ax: Axes, values: np.ndarray, num_tasks: int, label: str) -> None:
         ncols=1 + num_tasks // 11,
         handlelength=1.8,
     )
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure)
-    figure.savefig(buffer, format="png", dpi=_DOTS_PER_INCH, bbox_inches="tight", pad_inches=0.05)
-    return buffer.getvalue()

@@ -47,7 +47,7 @@ def stream_averages(
     }
     if task_aware is not None:
         averages["task_aware_average_accuracy"] = functional.average_accuracy(task_aware)
-    return {name: _plain(value) for name, value in averages.items()}
+    return {name: plain_number(value) for name, value in averages.items()}
 
 
 def write_results(directory: str | os.PathLike[str], results: Mapping[str, Any]) -> list[Path]:
@@ -100,6 +100,11 @@ def write_atomically(path: Path, content: bytes) -> Path:
     return path
 
 
+def json_of(results: Mapping[str, Any]) -> str:
+    """Return results as JSON; see `write_results`."""
+    return _json_text(_to_json(results, "results"))
+
+
 def _json_text(plain: Any) -> str:
     text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
     # A list of numbers on one line: a matrix then looks like one. Strings hold no raw line breaks, so none is touched.
@@ -147,5 +152,6 @@ def _array_to_list(array: np.ndarray[Any, Any] | np.generic) -> Any:
     return array.astype(str).astype(np.float64).tolist() if array.dtype == np.float32 else array.tolist()
 
 
-def _plain(value: Tensor) -> float:
+def plain_number(value: Tensor) -> float:
+    """Return a scalar as the shortest number that stands for it: 0.93 and not 0.9300000071525574."""
     return float(_array_to_list(value.detach().cpu().numpy()))

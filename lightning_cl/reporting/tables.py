@@ -99,6 +99,44 @@ def averages_table(averages: Mapping[str, float | Tensor], title: str | None = N
     return table
 
 
+def comparison_table(matrices: Mapping[str, Tensor], task_names: Sequence[str] | None = None) -> Table:
+    """Lay out what several heads reached at the end of one run, side by side: a row per task, and the average.
+
+    Args:
+        matrices: Accuracy matrices of shape ``(tasks, tasks)`` by head, NaN where nothing was measured.
+        task_names: One name per task; ``None`` for their numbers, from 1.
+
+    Returns:
+        A table for `rich.console.Console.print`.
+
+    Example::
+
+        >>> import torch
+        >>> from rich.console import Console
+        >>> matrix = torch.tensor([[0.98, torch.nan], [0.50, 0.94]])
+        >>> Console(width=80).print(comparison_table({"nearest mean": matrix + 0.01, "linear": matrix}))
+        at the end  nearest mean  linear
+        ────────────────────────────────
+                 1          0.51    0.50
+                 2          0.95    0.94
+           average          0.73    0.72
+    """
+    ends = [_rows(matrix)[-1:] for matrix in matrices.values()]
+    num_tasks = len(next(iter(matrices.values())))
+    numbers = [str(task) for task in range(1, num_tasks + 1)]
+    names = numbers if task_names is None else _checked_names(task_names, num_tasks)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for header in ("at the end", *matrices):
+        table.add_column(header, justify="right", no_wrap=True)
+    for task, name in enumerate(names):
+        cells = [_cell(row[task], False) for rows in ends for row in rows]
+        if any(cells):
+            table.add_row(name, *cells)
+    averages = [[value for value in row if not math.isnan(value)] for rows in ends for row in rows]
+    table.add_row("average", *(_cell(sum(row) / len(row), False) for row in averages))
+    return table
+
+
 def _rows(matrix: Tensor) -> list[list[float]]:
     """Take the rows of a matrix up to the last one in which a seen task was measured."""
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:

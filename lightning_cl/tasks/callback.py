@@ -15,7 +15,8 @@ class ContinualCallback(Callback):
 
     In a stream the hooks come for every task. In an ordinary fit, without a task sequence, the whole fit is one task.
     A *behaviour* changes training or prediction; an *observer* (``observer = True``) only measures: its task hooks come
-    after those of all behaviours, with the random state put back after them.
+    after those of all behaviours, with the random state put back after them. A behaviour that reads what others commit
+    at a task's end, such as a memory, says ``commits_late = True`` and comes after them.
 
     Example::
 
@@ -26,6 +27,7 @@ class ContinualCallback(Callback):
     """
 
     observer: bool = False
+    commits_late: bool = False
 
     @property
     def is_active(self) -> bool:

@@ -15,7 +15,7 @@ from lightning_cl.tasks.task import Task
 def continual_callbacks(trainer: Trainer) -> Sequence[ContinualCallback]:
     """Return the callbacks that know about tasks, in an order that does not depend on how the user listed them."""
     callbacks = [callback for callback in compat.callbacks_of(trainer) if isinstance(callback, ContinualCallback)]
-    return sorted((c for c in callbacks if c.is_active), key=lambda callback: callback.state_key)
+    return sorted((c for c in callbacks if c.is_active), key=lambda c: (c.observer, c.commits_late, c.state_key))
 
 
 def send(trainer: Trainer, pl_module: LightningModule, hook: str, task: Task) -> None:

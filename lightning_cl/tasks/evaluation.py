@@ -1,5 +1,6 @@
 """Look at a model in the middle of a fit without changing a bit of the run."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -12,8 +13,11 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from lightning_cl.taps import own_outputs
 from lightning_cl.tasks import compat
-from lightning_cl.tasks.stream import ReplayStream
+from lightning_cl.tasks.module_call import ModuleCall
+from lightning_cl.tasks.sampler import Draw
+from lightning_cl.tasks.stream import DataSplit, ReplayStream
 
 
 @contextmanager
@@ -48,6 +52,62 @@ def device_batches(
         yield compat.to_device(trainer, pl_module, batch)
 
 
+def sample_batches(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    stream: ReplayStream,
+    task: int,
+    indices: Tensor,
+    split: DataSplit = "train",
+    every_rank: bool = False,
+) -> Iterator[tuple[list[int], Any]]:
+    """Yield samples of a task as an evaluation sees them, shared out over the ranks; for use in `evaluating`.
+
+    Where there are fewer samples than ranks, the first rank gets them all.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: The module.
+        stream: The tasks.
+        task: The task that the samples belong to.
+        indices: Which samples.
+        split: Whose samples.
+        every_rank: Whether each rank gets all of them.
+
+    Yields:
+        Positions in ``indices``, and the batch with a row for each of them, on the device.
+    """
+    if not every_rank and len(indices) < trainer.world_size:  # a loader needs a sample for each rank
+        if not trainer.is_global_zero:
+            return
+        every_rank = True
+    draws: deque[Draw] = deque()
+    loader = stream.samples_loader(task, split, indices, draws.append, every_rank)
+    for batch in device_batches(trainer, pl_module, loader):
+        yield draws.popleft().ids, batch
+
+
+def find_call(
+    trainer: Trainer, pl_module: LightningModule, stream: ReplayStream, **options: Any
+) -> tuple[ModuleCall, Any]:
+    """Find out how to call a module for logits, on a few samples of the current task.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: The module.
+        stream: The tasks.
+        **options: Those of `ModuleCall.find`.
+
+    Returns:
+        The call, and the batch that it was tried on.
+    """
+    task = stream.current_task.index  # the data of earlier ones may be gone
+    few = torch.arange(min(8, stream.samples_of(task) or 0))
+    with evaluating(trainer, pl_module), own_outputs():
+        _, batch = next(sample_batches(trainer, pl_module, stream, task, few, every_rank=True))
+        return ModuleCall.find(pl_module, batch, stream.structure, stream.num_classes, **options), batch
+
+
 def evaluate_samples(
     trainer: Trainer,
     pl_module: LightningModule,
@@ -73,9 +133,9 @@ def evaluate_samples(
     rows: list[Tensor] = []
     # a rank must not be without a sample
     shared = trainer.world_size > 1 and len(indices) >= trainer.world_size
-    loader = stream.training_view_loader(task, indices, lambda draw: places.extend(draw.ids), every_rank=not shared)
-    with evaluating(trainer, pl_module):
-        for batch in device_batches(trainer, pl_module, loader):
+    with evaluating(trainer, pl_module), own_outputs():
+        for ids, batch in sample_batches(trainer, pl_module, stream, task, indices, every_rank=not shared):
+            places.extend(ids)
             rows.append(call(batch).detach().flatten(1).float())
     order, values = torch.tensor(places), torch.cat(rows)
     if len(order) != len(values):

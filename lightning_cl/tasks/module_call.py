@@ -8,6 +8,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
+from lightning_cl.heads import pool_positions
 from lightning_cl.taps import LayerTap, layer_named, linear_layers, list_layers
 from lightning_cl.tasks.batches import BatchStructure, as_labels, describe
 
@@ -36,7 +37,7 @@ class ModuleCall:
             return _scores(self._call(batch))  # type: ignore[return-value]
         with LayerTap(dict([self._head])) as tap:
             self._call(batch)
-        return tap.outputs[self._head[0]]
+        return pool_positions(tap.outputs[self._head[0]])
 
     @classmethod
     def find(
@@ -76,7 +77,8 @@ class ModuleCall:
                 except Exception as error:
                     tried.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
                     continue
-            rows = {n: out for n, out in tap.outputs.items() if out.ndim == 2 and len(out) == len(labels)}
+            outputs = {name: pool_positions(output) for name, output in tap.outputs.items()}
+            rows = {n: out for n, out in outputs.items() if out.ndim == 2 and len(out) == len(labels)}
             if head is not None:
                 exact = [head] if head in rows else []
             else:

@@ -16,10 +16,9 @@ from lightning_cl.taps import LayerTap, find_head, layer_named
 from lightning_cl.tasks import compat
 from lightning_cl.tasks.callback import ContinualCallback
 from lightning_cl.tasks.clock import TaskClock
-from lightning_cl.tasks.evaluation import device_batches, evaluate_samples, evaluating
+from lightning_cl.tasks.evaluation import evaluate_samples, find_call
 from lightning_cl.tasks.exemplar_store import ExemplarStore
 from lightning_cl.tasks.loader import TaskDataset
-from lightning_cl.tasks.module_call import ModuleCall
 from lightning_cl.tasks.replay_plan import Mix, ReplayPlan
 from lightning_cl.tasks.stream import ReplayStream
 from lightning_cl.tasks.task import Task
@@ -113,7 +112,7 @@ class ReplayCallback(ContinualCallback):
             batch_size=self.batch_size,
             mix=self.mix,
             online=self.start == "online",
-            past_data=partial(self._past_data, trainer, stream),
+            copies=partial(self._copies_of, trainer, stream),
             labels=partial(self._labels_of, stream),
         )
 
@@ -234,22 +233,13 @@ class ReplayCallback(ContinualCallback):
         labels = self._labels_of(self.stream, task)
         return self.memory.select(task, candidates, None if labels is None else labels[candidates])
 
-    def find_call(self, trainer: Trainer, pl_module: LightningModule, **options: Any) -> ModuleCall:
-        """Find out how to call the module for logits, on a few real samples."""
-        stream = self.stream
-        task = stream.current_task.index  # the data of earlier ones may be gone
-        few = torch.arange(min(8, stream.samples_of(task) or 0))
-        loader = stream.training_view_loader(task, few, lambda draw: None, every_rank=True)
-        with evaluating(trainer, pl_module):
-            batch = next(device_batches(trainer, pl_module, loader))
-            return ModuleCall.find(pl_module, batch, stream.structure, stream.num_classes, **options)
-
     def _features(self, trainer: Trainer, pl_module: LightningModule, task: int, indices: Tensor) -> Tensor:
         try:
             name = find_head(pl_module, self.stream.num_classes, self.head)
         except ValueError as error:
             raise MisconfigurationException(f"`selection='herding'` compares features: {error}") from None
-        call, layers = self.find_call(trainer, pl_module, head=name), {name: layer_named(pl_module, name)}
+        call, _ = find_call(trainer, pl_module, self.stream, head=name)
+        layers = {name: layer_named(pl_module, name)}
 
         def features(batch: Any) -> Tensor:
             with LayerTap(layers) as tap:
@@ -270,10 +260,8 @@ class ReplayCallback(ContinualCallback):
     def _copies(self, trainer: Trainer) -> bool:
         return self.storage == "copy" and not trainer.fast_dev_run  # type: ignore[attr-defined]
 
-    def _past_data(self, trainer: Trainer, stream: ReplayStream, task: int) -> TaskDataset | None:
-        if task in self._store:
-            return self._store.data(trainer, stream, task)
-        return stream.task_data(task, "train")
+    def _copies_of(self, trainer: Trainer, stream: ReplayStream, task: int) -> TaskDataset | None:
+        return self._store.data(trainer, stream, task) if task in self._store else None
 
     def _labels_of(self, stream: ReplayStream, task: int) -> Tensor | None:
         if task not in self._labels:

@@ -29,7 +29,7 @@ class ReplayPlan:
         batch_size: Past samples of each step over all ranks; as many as the task's own if ``None``.
         mix: "append" adds them to each batch; "joint" shuffles the memory among the task's data.
         online: Whether each batch is offered to the memory.
-        past_data: Returns the data that the samples of a task are fetched from.
+        copies: Returns the copied samples of a task, or ``None`` where they are fetched from the task's own data.
         labels: Returns the labels of a task's samples, or ``None`` where the selection needs none.
     """
 
@@ -37,7 +37,7 @@ class ReplayPlan:
     batch_size: int | None
     mix: Mix
     online: bool
-    past_data: Callable[[int], Any]
+    copies: Callable[[int], Any]
     labels: Callable[[int], Tensor | None]
 
     def tasks_before(self, task: int) -> list[int]:

@@ -13,6 +13,7 @@ from lightning_cl.tasks.sampler import Draw
 from lightning_cl.tasks.task import Task
 
 Split = Literal["val", "test"]
+DataSplit = Literal["train", "val", "test"]
 
 
 @runtime_checkable
@@ -70,8 +71,8 @@ class ReplayStream(TaskStream, Protocol):
     def num_classes(self) -> int | None:
         """How many outputs the labels need; ``None`` where tasks have no classes."""
 
-    def samples_of(self, task: int) -> int | None:
-        """Return the number of a task's training samples, or ``None`` where data can only be iterated."""
+    def samples_of(self, task: int, split: DataSplit = "train") -> int | None:
+        """Return the number of a task's samples, or ``None`` where data can only be iterated."""
 
     def labels_of(self, task: int, read: bool = True) -> Tensor | None:
         """Return the class of each training sample; ``None`` if they had to be read, and ``read`` is false."""
@@ -85,10 +86,15 @@ class ReplayStream(TaskStream, Protocol):
     def training_view(self, task: int) -> TaskDataset:
         """Return a task's training samples as an evaluation sees them."""
 
-    def training_view_loader(
-        self, task: int, indices: Tensor, on_draw: Callable[[Draw], None], every_rank: bool = False
+    def samples_loader(
+        self,
+        task: int,
+        split: DataSplit,
+        indices: Tensor,
+        on_draw: Callable[[Draw], None],
+        every_rank: bool = False,
     ) -> Iterable[Any]:
-        """Return a loader over some of these, shared out over the ranks."""
+        """Return a loader over samples of a task as an evaluation sees them, shared out over the ranks."""
 
 
 class SingleTask:

@@ -23,6 +23,7 @@ from torch.utils.data import StackDataset, Subset, TensorDataset, default_collat
 from lightning_cl.callbacks import DarkExperienceReplay, Replay
 from lightning_cl.datamodules import DomainIncremental, TaskList
 from lightning_cl.datamodules.array_dataset import ArrayDataset, collate
+from lightning_cl.tasks.evaluation import evaluating, sample_batches
 
 
 def _watched(data=None, module=None, replay=None, **settings):
@@ -240,6 +241,24 @@ def test_past_samples_pass_through_the_transfer_hooks_of_their_own_data_module(a
         factors = torch.where(rows, 2.0, 3.0)[:, None]
         assert torch.equal(images, IMAGES[numbers] * factors)
     assert sum(int(rows.sum()) for _, rows in watch.of_task(1)) > 50
+
+
+class LooksAgain(Callback):
+    """Keeps the first samples of each task as an evaluation sees them at the end of the run."""
+
+    def on_train_end(self, trainer, pl_module):
+        with evaluating(trainer, pl_module):
+            self.seen = [
+                next(sample_batches(trainer, pl_module, trainer.datamodule, task, torch.arange(8)))[1]
+                for task in range(2)
+            ]
+
+
+def test_samples_looked_at_again_pass_through_the_transfer_hooks_of_their_own_data_module():
+    looks = LooksAgain()
+    fit_stream([looks], sequence=TaskList([Scaled(2.0), Scaled(3.0)]))
+    for (images, _, numbers), factor in zip(looks.seen, (2.0, 3.0), strict=True):
+        assert torch.equal(images, IMAGES[numbers] * factor)
 
 
 def _leave_out_the_first(samples):

@@ -27,7 +27,7 @@ def _labels(task):
 
 def _plan(memory=None, batch_size=None, mix="append", online=False):
     memory = _memory() if memory is None else memory
-    return ReplayPlan(memory, batch_size, mix, online, past_data=range, labels=_labels)
+    return ReplayPlan(memory, batch_size, mix, online, copies=range, labels=_labels)
 
 
 def _sampler(plan=None, batch_size=16, task=2, **settings):
@@ -207,7 +207,7 @@ def test_the_length_of_the_memory_is_known_ahead_of_time(arguments, lengths):
 
 
 def test_a_class_that_comes_again_is_counted_once_per_class():
-    plan = ReplayPlan(ReplayMemory(per_class=5), None, "joint", False, past_data=range, labels=lambda task: _labels(0))
+    plan = ReplayPlan(ReplayMemory(per_class=5), None, "joint", False, copies=range, labels=lambda task: _labels(0))
     assert [plan.length_before(task, [OWN] * 3) for task in range(3)] == [0, 10, 10]
 
 

@@ -1,0 +1,297 @@
+"""The accuracy on every task at every step, and the gaps in it."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_cl.arguments import check_choice, check_count
+from lightning_cl.metrics.curve import AccuracyCurve
+from lightning_cl.reporting.stability import stability_figures, write_stability
+from lightning_cl.taps import own_outputs
+from lightning_cl.tasks import ContinualCallback, Task, TaskClock
+from lightning_cl.tasks.evaluation import evaluating, find_call
+from lightning_cl.tasks.head import compared_head, heads_of
+from lightning_cl.tasks.module_call import ModuleCall
+from lightning_cl.tasks.probes import Probes, choose
+from lightning_cl.tasks.provisional_head import ProvisionalHead
+from lightning_cl.tasks.stream import ReplayStream
+
+
+class StabilityGapTracker(ContinualCallback):
+    """Measure the accuracy on every task while the run learns the next (De Lange et al., ICLR 2023; arXiv 2411.04723).
+
+    Between two tasks accuracy often falls deep and comes back, which figures at task ends do not show. This observer
+    measures task-agnostic accuracy on a fixed set of validation samples of each task, drawn once and kept on the
+    device, and changes no bit of the run. At the end of each task it logs ``stability/...``: De Lange's min-ACC,
+    WC-ACC, WF^w and WP^w, and gap and recovery of the nearest-mean paper (SG, SG_norm, REC, REC_norm), its min-ACC
+    within the task, and the task-recency bias. The accuracies themselves go to the loggers step by step as
+    ``probe_acc/task_<i>``; the log directory gets ``stability_gap.csv``, ``stability_gap.json`` and
+    ``stability_gap.png``.
+
+    Where a `NearestMeanClassifier` is active its predictions are measured, with prototypes of a fixed sample of its
+    own, so that they keep up with the network; those of the callback itself are left alone.
+
+    Args:
+        every_n_steps: Measure after so many optimizer steps, and at the end of each epoch.
+        probe_size: Validation samples of each task.
+        tasks: "seen" measures the tasks that were trained on, with the current one; "all" later ones too.
+        window: Evaluations that WF^w and WP^w look back.
+        dense_steps: Measure after every step for so long at the beginning of each task.
+        nmc_refresh: Optimizer steps for which the prototypes of a nearest-mean head are used at the probes.
+        compare_heads: Whether the classification layer is measured beside the head that stands in for it.
+        head: Name of the classification layer, where it cannot be found.
+
+    Example::
+
+        >>> StabilityGapTracker(every_n_steps=20, dense_steps=50).observer
+        True
+    """
+
+    observer = True
+
+    def __init__(
+        self,
+        every_n_steps: int = 1,
+        probe_size: int = 256,
+        tasks: Literal["seen", "all"] = "seen",
+        window: int = 10,
+        dense_steps: int | None = None,
+        nmc_refresh: int = 1,
+        compare_heads: bool = False,
+        head: str | None = None,
+    ) -> None:
+        for name, count in (
+            ("every_n_steps", every_n_steps),
+            ("probe_size", probe_size),
+            ("window", window),
+            ("dense_steps", dense_steps),
+            ("nmc_refresh", nmc_refresh),
+        ):
+            if count is None and name != "dense_steps":
+                raise TypeError(f"`{name}` must be a whole number, got None.")
+            check_count(name, count)
+        check_choice("tasks", tasks, ("seen", "all"))
+        if window < 2:
+            raise ValueError(f"`window` must be at least 2 evaluations, for a change to be seen, got {window}.")
+        self.every_n_steps = every_n_steps
+        self.probe_size = probe_size
+        self.tasks = tasks
+        self.window = window
+        self.dense_steps = dense_steps
+        self.nmc_refresh = nmc_refresh
+        self.compare_heads = compare_heads
+        self.head = head
+        self.curve = AccuracyCurve(0)
+        self._names: list[str] = []
+        self._heads: list[str] = []
+        self._log_dir: str | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of what belongs to one fit; the curve stays."""
+        self._stream: ReplayStream | None = None
+        self._clock: TaskClock | None = None
+        self._call: ModuleCall | None = None
+        self._probes = Probes()
+        self._provisional: ProvisionalHead | None = None
+        self._task_of_class: Tensor | None = None
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        clock = TaskClock.of(trainer)
+        if clock is None or not isinstance(clock.stream, ReplayStream):
+            raise MisconfigurationException(
+                "StabilityGapTracker follows the tasks of a stream, and this fit has none. Wrap your DataModule in a"
+                " task sequence, such as `ClassIncremental(your_datamodule, num_tasks=5)`."
+            )
+        self._clock, self._stream = clock, clock.stream
+        heads = heads_of(trainer)
+        if self.compare_heads:
+            compared_head(trainer)
+        self._provisional = ProvisionalHead(heads[0], self.probe_size, self.nmc_refresh) if heads else None
+        self.curve = AccuracyCurve(len(self._stream.tasks), 1 + self.compare_heads)
+        self._names = [task.name for task in self._stream.tasks]
+        self._heads = [type(head).__name__ for head in heads]
+        if self.compare_heads or not heads:
+            self._heads.append("classification layer")
+        self._task_of_class = _task_of_class(self._stream.tasks)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.forget()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.forget()
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        without_files = not trainer.loggers or trainer.fast_dev_run  # type: ignore[attr-defined]
+        self._log_dir = None if without_files else trainer.log_dir
+        for task in self.stream.tasks:
+            self._check_probes(trainer, task)
+        self._call, _ = find_call(trainer, pl_module, self.stream, head=self.head)
+
+    @override
+    def on_batch_trained(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
+        step, epoch_end = trainer.global_step, trainer.is_last_batch
+        since = step - self.clock.progress.first_step
+        if since <= 0:
+            return
+        if self.curve.length and int(self.curve.steps[-1]) == step:
+            if epoch_end:
+                self.curve.mark_epoch_end()
+            return
+        dense = self.dense_steps is not None and since <= self.dense_steps
+        if epoch_end or dense or step % self.every_n_steps == 0:
+            self._measure(trainer, pl_module, epoch_end)
+
+    @override
+    def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
+        if trainer.global_step > self.clock.progress.first_step:
+            if self.curve.length and int(self.curve.steps[-1]) == trainer.global_step:
+                self.curve.mark_epoch_end()
+            else:  # the last epoch was cut short
+                self._measure(trainer, pl_module, epoch_end=True)
+        known = {f"stability/{name}": value for name, value in self.figures.items() if value == value}
+        pl_module.log_dict(known, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and self._log_dir is not None and self.curve.length:
+            write_stability(Path(self._log_dir), self.curve, self._names, self._heads, self.window)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        provisional = None if self._provisional is None else self._provisional.state_dict()
+        return {"curve": self.curve.state_dict(), "provisional": provisional}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._stream is None:  # a test has nothing to follow, and must not replace the curve of a fit
+            return
+        compared = state_dict["curve"]["accuracies"].shape[1] == 2
+        if compared != self.compare_heads:
+            raise MisconfigurationException(
+                f"The checkpoint is from a run with `compare_heads={compared}`, this StabilityGapTracker has"
+                f" `compare_heads={self.compare_heads}`. Resume with the same."
+            )
+        self.curve.load_state_dict(state_dict["curve"])
+        self._probes = Probes()  # a task that was undone may be skipped
+        if self._provisional is not None and state_dict["provisional"] is not None:
+            self._provisional.load_state_dict(state_dict["provisional"])
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """The figures of the run so far, by name; those of the classification layer begin with ``linear_``."""
+        return stability_figures(self.curve, self.window)
+
+    @property
+    def stream(self) -> ReplayStream:
+        """The tasks of the running fit."""
+        if self._stream is None:
+            raise RuntimeError("StabilityGapTracker was asked outside a fit.")
+        return self._stream
+
+    @property
+    def clock(self) -> TaskClock:
+        """The clock of the running fit."""
+        if self._clock is None:
+            raise RuntimeError("StabilityGapTracker was asked outside a fit.")
+        return self._clock
+
+    def _check_probes(self, trainer: Trainer, task: Task) -> None:
+        samples = self.stream.samples_of(task.index, "val")
+        if samples is None:
+            raise MisconfigurationException(
+                f"StabilityGapTracker draws its probes by index, and the validation data of task {task.index}"
+                f" ({task.name}) can only be iterated."
+            )
+        if samples == 0:
+            raise MisconfigurationException(
+                f"StabilityGapTracker draws its probes from validation data, and task {task.index} ({task.name}) has"
+                " none. Say `val_fraction=0.1` on the task sequence to hold some training data out."
+            )
+        if samples < self.probe_size and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise MisconfigurationException(
+                f"`probe_size={self.probe_size}` of StabilityGapTracker is more than the {samples} validation samples"
+                f" of task {task.index} ({task.name}). Give it at most {samples}."
+            )
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule, epoch_end: bool) -> None:
+        stream, current = self.stream, self.clock.task.index
+        for task in range(len(stream.tasks) if self.tasks == "all" else current + 1):
+            if task not in self._probes and task not in self.clock.progress.rejected:
+                chosen = choose(self.probe_size, stream.samples_of(task, "val") or 0, stream.seed, task)
+                self._probes.fetch(trainer, pl_module, stream, task, chosen, "val")
+        rows = []
+        if self._provisional is not None:
+            self._provisional.fetch(trainer, pl_module, stream)
+        with evaluating(trainer, pl_module):
+            with self._keeping_up(trainer, pl_module):
+                rows.append(self._measured(trainer, pl_module, current))
+            if self.compare_heads:
+                with own_outputs():
+                    rows.append(self._measured(trainer, pl_module, current))
+        accuracies, recency = torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
+        self.curve.append(trainer.global_step, current, epoch_end, accuracies, recency)
+        self._log(trainer, accuracies)
+
+    @contextmanager
+    def _keeping_up(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+        """Let the provisional head answer, where one is replaced."""
+        if self._provisional is None:
+            yield
+            return
+        self._provisional.renew(trainer, pl_module)
+        with self._provisional.callback.answering_with(self._provisional.head):
+            yield
+
+    def _measured(self, trainer: Trainer, pl_module: LightningModule, current: int) -> tuple[Tensor, Tensor]:
+        """Return the accuracy on each task and the task-recency bias."""
+        if self._call is None:
+            raise RuntimeError("StabilityGapTracker was asked for accuracies before training began.")
+        count = len(self.stream.tasks)
+        sums = torch.zeros(3, count, dtype=torch.int64, device=pl_module.device)  # samples, right ones, newest
+        newest = None if self._task_of_class is None else self._task_of_class.to(pl_module.device)
+        for output, labels, tasks in self._probes.call(self._call):
+            predicted = output.argmax(dim=1)
+            sums[0] += tasks.bincount(minlength=count)
+            sums[1] += tasks[predicted == labels].bincount(minlength=count)
+            if newest is not None:
+                known = predicted < len(newest)
+                sums[2] += tasks[known & (newest[predicted.clamp(max=len(newest) - 1)] == current)].bincount(
+                    minlength=count
+                )
+        samples, right, taken = trainer.strategy.reduce(sums, reduce_op="sum").cpu().float()
+        recency = (taken / samples)[:current].nanmean() if newest is not None else torch.tensor(torch.nan)
+        return right / samples, recency
+
+    def _log(self, trainer: Trainer, accuracies: Tensor) -> None:
+        figures = {}
+        for prefix, row in zip(("probe_acc", "linear_probe_acc"), accuracies, strict=False):
+            measured = {f"{prefix}/task_{task}": value for task, value in enumerate(row.tolist()) if value == value}
+            figures.update(measured)
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=trainer.global_step)
+
+
+def _task_of_class(tasks: Sequence[Task]) -> Tensor | None:
+    """Return the task of each class; ``None`` where classes are unknown or come in several tasks."""
+    pairs = [(label, task.index) for task in tasks for label in task.classes or ()]
+    if not all(task.classes for task in tasks) or len(dict(pairs)) < len(pairs):
+        return None
+    found = torch.full((max(label for label, _ in pairs) + 1,), -1)
+    for label, task in pairs:
+        found[label] = task
+    return found

@@ -1,0 +1,6 @@
+"""Classification heads that are fitted to features, not trained: pure `torch.nn`, for any loop."""
+
+from lightning_cl.heads.class_means import ClassMeans
+from lightning_cl.heads.nearest_mean import NearestMeanHead, pool_positions
+
+__all__ = ["ClassMeans", "NearestMeanHead", "pool_positions"]

@@ -1,0 +1,51 @@
+"""A module out of a checkpoint, with the head that its run learnt."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from lightning.pytorch import LightningModule
+
+import lightning_cl.callbacks  # noqa: F401  so that their states are known
+from lightning_cl.tasks.head import HeadCallback
+
+Module = TypeVar("Module", bound=LightningModule)
+
+
+def load(checkpoint: str | Path, module_class: type[Module], weights_only: bool = True, **arguments: Any) -> Module:
+    """Return a module that predicts as the run of a checkpoint did at its end, without a Trainer.
+
+    A head that stood in for the classification layer, such as that of `NearestMeanClassifier`, takes the layer's place
+    in the module, so that ``predict_step``, TorchScript and ONNX export use it.
+
+    Args:
+        checkpoint: A checkpoint of a fit.
+        module_class: The class of its module.
+        weights_only: Whether the file is read as plain data; say False for a checkpoint of your own that holds objects.
+        **arguments: Of the module's constructor, where the module did not save its hyperparameters.
+
+    Returns:
+        The module on the CPU, in eval mode.
+
+    Example::
+
+        module = lightning_cl.load("last.ckpt", MyModule)
+        scores = module(images)
+    """
+    trusted: dict[str, Any] = {} if weights_only else {"weights_only": False}
+    module = module_class.load_from_checkpoint(checkpoint, map_location="cpu", **trusted, **arguments)
+    states = torch.load(checkpoint, map_location="cpu", weights_only=weights_only).get("callbacks", {})
+    for kind in _subclasses(HeadCallback):
+        state = states.get(kind.__qualname__)
+        head = None if state is None else kind.build(state)
+        if head is not None:
+            parent, _, name = state["layer"].rpartition(".")
+            setattr(module.get_submodule(parent), name, head)
+    return module.eval()
+
+
+def _subclasses(kind: type[HeadCallback]) -> Iterator[type[HeadCallback]]:
+    for subclass in kind.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
