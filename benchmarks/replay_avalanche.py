@@ -1,4 +1,4 @@
-"""Run experience replay with Avalanche 0.6, for `replay.py`, which starts this script in Avalanche's own environment.
+"""Train with Avalanche 0.6, for `replay.py` and `stability_gap.py`, which start this script in its own environment.
 
 It answers each request, a line of JSON on stdin, with a line of JSON on stdout, and needs nothing of lightning-cl. To
 try it alone, on the folder that holds FashionMNIST:
@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from avalanche.benchmarks import nc_benchmark
-from avalanche.training.plugins import ReplayPlugin, SupervisedPlugin
+from avalanche.evaluation.metrics import accuracy_metrics
+from avalanche.training.plugins import EvaluationPlugin, ReplayPlugin, SupervisedPlugin
 from avalanche.training.storage_policy import ClassBalancedBuffer
 from avalanche.training.supervised import Naive
 from torch import nn
@@ -45,7 +46,7 @@ class TaskTimes(SupervisedPlugin):
         self.seconds.append(time.perf_counter() - self._started)
 
 
-def make_stream(root: str, inputs: str, per_class: int | None) -> Any:
+def make_stream(root: str, inputs: str, per_class: int | None, test_per_class: int | None = None) -> Any:
     """Return the tasks, two classes each.
 
     Args:
@@ -53,13 +54,15 @@ def make_stream(root: str, inputs: str, per_class: int | None) -> Any:
         inputs: "tensors" for floats that are ready, "images" for images that become normalised floats one by one, as in
             Avalanche's `SplitFMNIST`, "crops" for the same with a random crop.
         per_class: Training samples of each class; None for all.
+        test_per_class: Test samples of each class; None for all.
     """
-    sets = load_fashion(root, True, per_class), load_fashion(root, False)
+    sets = load_fashion(root, True, per_class), load_fashion(root, False, test_per_class)
     transforms: dict[str, Any] = {"train_transform": None, "eval_transform": None}
     if inputs == "tensors":
         sets = tuple(TensorDataset(normalise(images.data), images.targets) for images in sets)
     else:
         transforms["train_transform"] = image_transform(crop=inputs == "crops")
+        transforms["eval_transform"] = image_transform(crop=False)
     return nc_benchmark(*sets, TASKS, task_labels=False, shuffle=False, **transforms)
 
 
@@ -93,6 +96,39 @@ def run(
     return {"seconds": times.seconds, "steps": times.steps, "total": total, "accuracy": accuracy_of(net, root)}
 
 
+def run_probed(
+    root: str, per_class: int, probes: int, tasks: int, seed: int = 0, inputs: str = "tensors"
+) -> dict[str, Any]:
+    """Train on the first tasks without replay, evaluating all tasks seen after each step, and return seconds and steps.
+
+    Args:
+        root: Folder that holds FashionMNIST.
+        per_class: Training samples of each class.
+        probes: Test samples of each task that are evaluated; 0 to train without any evaluation.
+        tasks: How many tasks are trained.
+        seed: Seed of weights and order.
+        inputs: As in `make_stream`.
+    """
+    torch.manual_seed(seed)
+    stream = make_stream(root, inputs, per_class, probes // 2 or None)
+    net, times = build_mlp(), TaskTimes()
+    strategy = Naive(
+        model=net,
+        optimizer=torch.optim.SGD(net.parameters(), lr=0.05),
+        criterion=nn.CrossEntropyLoss(),
+        train_mb_size=128,
+        eval_mb_size=max(probes, 1),
+        plugins=[times],
+        evaluator=EvaluationPlugin(accuracy_metrics(experience=True), loggers=[]) if probes else None,
+        eval_every=1 if probes else -1,
+        peval_mode="iteration",
+    )
+    for task, experience in enumerate(list(stream.train_stream)[:tasks]):
+        seen = [[list(stream.test_stream)[: task + 1]]] if probes else []
+        strategy.train(experience, *seen)
+    return {"seconds": times.seconds, "steps": times.steps, "total": sum(times.seconds), "accuracy": 0.0}
+
+
 def main() -> None:
     """Say which versions these are, then answer requests until stdin ends."""
     warnings.showwarning = lambda *args, **kwargs: None  # a filter would not do: Avalanche sets its own
@@ -102,7 +138,8 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     print(json.dumps({name: importlib.metadata.version(name) for name in ("avalanche-lib", "torch")}), file=answers)
     for line in sys.stdin:
-        print(json.dumps(run(**json.loads(line))), file=answers)
+        request = json.loads(line)
+        print(json.dumps(run_probed(**request) if "probes" in request else run(**request)), file=answers)
 
 
 if __name__ == "__main__":
