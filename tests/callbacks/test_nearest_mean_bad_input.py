@@ -1,9 +1,10 @@
 """What is wrong with a nearest-mean head is said before training: the argument, what was got, what is allowed."""
 
-import sys
+from functools import partial
 
 import pytest
 import torch
+from command_line import OPTIONS, error_of, options_for
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from numbered_streams import AnyBatch, DataOf, fit_stream
 from torch import nn
@@ -193,47 +194,20 @@ def test_labels_outside_the_layer():
 
 # ------------------------------------------------------------------ the command line
 
-OPTIONS = [
-    "--seed_everything=0",
-    "--trainer.accelerator=cpu",
-    "--trainer.max_epochs=1",
-    "--trainer.enable_progress_bar=false",
+FIT = [
+    *OPTIONS,
     "--trainer.enable_checkpointing=false",
     "--trainer.logger=false",
     "--trainer.limit_train_batches=2",
     "--trainer.limit_val_batches=1",
-    "--model=ImageClassifier",
-    "--model.input_shape=[1,8,8]",
-    "--data=ClassIncremental",
-    "--data.base=Digits",
-    "--data.num_tasks=5",
 ]
-
-
-@pytest.fixture
-def _elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delenv("JSONARGPARSE_DEBUG", raising=False)
-
-
-def _callback(name="NearestMeanClassifier", **arguments):
-    return [f"--trainer.callbacks+={name}", *(f"--trainer.callbacks.{key}={value}" for key, value in arguments.items())]
-
-
-def _exit(capsys, *options):
-    with pytest.raises(SystemExit) as stop:
-        main(["fit", *OPTIONS, *options])
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    return error
+head_options = partial(options_for, "NearestMeanClassifier")
 
 
 @pytest.mark.usefixtures("_elsewhere")
 @pytest.mark.parametrize("refresh", [2, "task"])
 def test_the_command_line_takes_words_and_steps(refresh):
-    cli = main(["fit", *OPTIONS, *_callback(refresh=refresh, temperature=0.1, normalize="false")])
+    cli = main(["fit", *FIT, *head_options(refresh=refresh, temperature=0.1, normalize="false")])
     (nearest,) = [c for c in cli.trainer.callbacks if isinstance(c, NearestMeanClassifier)]
     assert (nearest.refresh, nearest.temperature, nearest.normalize) == (refresh, 0.1, False)
     assert nearest.classifier.known.all()
@@ -268,7 +242,7 @@ def test_a_configuration_file_takes_words_and_steps(refresh, tmp_path):
     ids=str,
 )
 def test_a_wrong_head_is_one_message(arguments, message, capsys):
-    error = _exit(capsys, *_callback(**arguments))
+    error = error_of(capsys, *FIT, *head_options(**arguments))
     assert error.startswith(f"error: {message}")
     assert error.count("\n") == 1
 
@@ -277,13 +251,18 @@ def test_a_wrong_head_is_one_message(arguments, message, capsys):
 @pytest.mark.parametrize("option", ["prototypes=exemplars", "refresh=step", "temperature=warm"])
 def test_a_choice_that_there_is_not_is_answered_by_the_parser(option, capsys):
     name, _, value = option.partition("=")
-    error = _exit(capsys, *_callback(), f"--trainer.callbacks.{option}")
+    error = error_of(capsys, *FIT, *head_options(), f"--trainer.callbacks.{option}")
     assert name in error
     assert value in error
 
 
 @pytest.mark.usefixtures("_elsewhere")
 def test_two_heads_of_one_kind_are_one_message(capsys):
-    error = _exit(capsys, *_callback(refresh="task"), *_callback(refresh=2))
+    error = error_of(
+        capsys,
+        *FIT,
+        *head_options(refresh="task"),
+        *head_options(refresh=2),
+    )
     assert error.startswith("error: `trainer.callbacks` has more than one NearestMeanClassifier. Take one out")
     assert error.count("\n") == 1

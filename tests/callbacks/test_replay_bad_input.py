@@ -1,10 +1,10 @@
 """What is wrong with a replay is said before training starts: the argument, what was got, what is allowed."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import OPTIONS, error_of, options_for
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from numbered_streams import IMAGES, LABELS, AnyBatch, DataOf, fit_stream
@@ -250,38 +250,7 @@ def test_resuming_inside_an_epoch_with_another_mix(tmp_path):
 
 # ------------------------------------------------------------------ the command line
 
-OPTIONS = [
-    "--seed_everything=0",
-    "--trainer.accelerator=cpu",
-    "--trainer.max_epochs=1",
-    "--trainer.enable_progress_bar=false",
-    "--trainer.limit_train_batches=2",
-    "--model=ImageClassifier",
-    "--model.input_shape=[1,8,8]",
-    "--data=ClassIncremental",
-    "--data.base=Digits",
-    "--data.num_tasks=5",
-]
-
-
-@pytest.fixture
-def _elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delenv("JSONARGPARSE_DEBUG", raising=False)
-
-
-def _callback(name, **arguments):
-    return [f"--trainer.callbacks+={name}", *(f"--trainer.callbacks.{key}={value}" for key, value in arguments.items())]
-
-
-def _exit(capsys, *options):
-    with pytest.raises(SystemExit) as stop:
-        main(["fit", *OPTIONS, *options])
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    return error
+FIT = [*OPTIONS, "--trainer.limit_train_batches=2"]
 
 
 @pytest.mark.usefixtures("_elsewhere")
@@ -299,7 +268,7 @@ def _exit(capsys, *options):
     ids=str,
 )
 def test_a_wrong_replay_is_one_message(arguments, message, capsys):
-    error = _exit(capsys, *_callback("Replay", **arguments))
+    error = error_of(capsys, *FIT, *options_for("Replay", **arguments))
     assert error.startswith(f"error: {message}")
     assert error.count("\n") == 1
 
@@ -308,20 +277,20 @@ def test_a_wrong_replay_is_one_message(arguments, message, capsys):
 @pytest.mark.parametrize("option", ["selection=newest", "storage=disk", "mix=shuffle", "start=now", "size=many"])
 def test_a_choice_that_there_is_not_is_answered_by_the_parser(option, capsys):
     name = option.partition("=")[0]
-    error = _exit(capsys, *_callback("Replay"), f"--trainer.callbacks.{option}")
+    error = error_of(capsys, *FIT, *options_for("Replay"), f"--trainer.callbacks.{option}")
     assert name in error
     assert option.partition("=")[2] in error
 
 
 @pytest.mark.usefixtures("_elsewhere")
 def test_two_memories_are_one_message(capsys):
-    error = _exit(capsys, *_callback("Replay", size=20), *_callback("DarkExperienceReplay", size=20))
+    error = error_of(capsys, *FIT, *options_for("Replay", size=20), *options_for("DarkExperienceReplay", size=20))
     assert error == "error: One run has one replay memory, got Replay and DarkExperienceReplay. Take one out.\n"
 
 
 @pytest.mark.usefixtures("_elsewhere")
 def test_two_memories_of_one_kind_are_one_message(capsys):
-    error = _exit(capsys, *_callback("Replay", size=20), *_callback("Replay", size=30))
+    error = error_of(capsys, *FIT, *options_for("Replay", size=20), *options_for("Replay", size=30))
     assert error.startswith("error: `trainer.callbacks` has more than one Replay. Take one out")
     assert error.count("\n") == 1
 
@@ -329,27 +298,27 @@ def test_two_memories_of_one_kind_are_one_message(capsys):
 @pytest.mark.usefixtures("_elsewhere")
 def test_a_folder_that_cannot_be_written_to_is_one_message(capsys):
     Path("file").write_text("")
-    checkpoint = _callback("ModelCheckpoint", dirpath="file/run")
-    error = _exit(capsys, *_callback("Replay", size=20, storage="copy"), *checkpoint)
+    checkpoint = options_for("ModelCheckpoint", dirpath="file/run")
+    error = error_of(capsys, *FIT, *options_for("Replay", size=20, storage="copy"), *checkpoint)
     assert error.startswith("error: `storage='copy'` cannot write to ")
     assert error.count("\n") == 1
 
 
 @pytest.mark.usefixtures("_elsewhere")
 def test_a_copied_run_is_resumed_from_another_folder_and_a_lost_file_is_one_message(capsys, tmp_path, monkeypatch):
-    checkpoint = _callback("ModelCheckpoint", dirpath="run", save_last="true", save_top_k=-1, filename="{epoch}")
-    copies = _callback("Replay", size=20, storage="copy")
-    main(["fit", *OPTIONS, *copies, *checkpoint])
+    checkpoint = options_for("ModelCheckpoint", dirpath="run", save_last="true", save_top_k=-1, filename="{epoch}")
+    copies = options_for("Replay", size=20, storage="copy")
+    main(["fit", *FIT, *copies, *checkpoint])
     resume = f"--ckpt_path={tmp_path / 'run' / 'epoch=2.ckpt'}"
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    cli = main(["fit", *OPTIONS, *copies, *checkpoint, resume])
+    cli = main(["fit", *FIT, *copies, *checkpoint, resume])
     assert cli.trainer.current_epoch == 5
     assert len(list(Path("run", "exemplars").iterdir())) == 5
     next((tmp_path / "run" / "exemplars").glob("task_1-*")).unlink()
     (tmp_path / "third").mkdir()
     monkeypatch.chdir(tmp_path / "third")
     capsys.readouterr()
-    error = _exit(capsys, *copies, *checkpoint, resume)
+    error = error_of(capsys, *FIT, *copies, *checkpoint, resume)
     assert error.startswith("error: The copied exemplars 'task_1-")
     assert error.count("\n") == 1

@@ -1,10 +1,10 @@
 """What is wrong with a tracker is said before training starts: the argument, what was got, what is allowed."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import OPTIONS, error_of, options_for
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from numbered_streams import DataOf, fit_stream
@@ -156,39 +156,7 @@ def test_figures_before_a_fit_are_none():
 
 # ------------------------------------------------------------------ the command line
 
-OPTIONS = [
-    "--seed_everything=0",
-    "--trainer.accelerator=cpu",
-    "--trainer.max_epochs=1",
-    "--trainer.enable_progress_bar=false",
-    "--trainer.limit_train_batches=3",
-    "--trainer.limit_val_batches=1",
-    "--model=ImageClassifier",
-    "--model.input_shape=[1,8,8]",
-    "--data=ClassIncremental",
-    "--data.base=Digits",
-    "--data.num_tasks=5",
-]
-
-
-@pytest.fixture
-def _elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delenv("JSONARGPARSE_DEBUG", raising=False)
-
-
-def _callback(name, **arguments):
-    return [f"--trainer.callbacks+={name}", *(f"--trainer.callbacks.{key}={value}" for key, value in arguments.items())]
-
-
-def _exit(capsys, *options):
-    with pytest.raises(SystemExit) as stop:
-        main(["fit", *OPTIONS, *options])
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    return error
+FIT = [*OPTIONS, "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=1"]
 
 
 @pytest.mark.usefixtures("_elsewhere")
@@ -202,8 +170,8 @@ def _exit(capsys, *options):
     ids=str,
 )
 def test_a_wrong_tracker_is_one_message(arguments, message, capsys):
-    options = ["--data.val_fraction=0.2", *_callback("StabilityGapTracker", **arguments)]
-    error = _exit(capsys, *options)
+    options = ["--data.val_fraction=0.2", *options_for("StabilityGapTracker", **arguments)]
+    error = error_of(capsys, *FIT, *options)
     assert error.startswith(f"error: {message}")
     assert error.count("\n") == 1
 
@@ -213,7 +181,7 @@ def test_a_wrong_tracker_is_one_message(arguments, message, capsys):
 def test_a_wrong_tracker_in_a_config_is_one_message(config, capsys):
     callback = f"[{{class_path: StabilityGapTracker, init_args: {{{config}}}}}]"
     Path("run.yaml").write_text(f"trainer:\n  callbacks: {callback}\n")
-    error = _exit(capsys, "--data.val_fraction=0.2", "--config=run.yaml")
+    error = error_of(capsys, *FIT, "--data.val_fraction=0.2", "--config=run.yaml")
     assert config.partition(":")[0] in error
     assert error.count("\n") == 1
 
@@ -221,18 +189,18 @@ def test_a_wrong_tracker_in_a_config_is_one_message(config, capsys):
 @pytest.mark.usefixtures("_elsewhere")
 @pytest.mark.parametrize("option", ["tasks=past", "every_n_steps=often"])
 def test_a_choice_that_there_is_not_is_answered_by_the_parser(option, capsys):
-    error = _exit(capsys, *_callback("StabilityGapTracker"), f"--trainer.callbacks.{option}")
+    error = error_of(capsys, *FIT, *options_for("StabilityGapTracker"), f"--trainer.callbacks.{option}")
     assert option.partition("=")[0] in error
     assert option.partition("=")[2] in error
 
 
 @pytest.mark.usefixtures("_elsewhere")
 def test_a_run_from_the_command_line_writes_curve_and_figures():
-    tracker = _callback(
+    tracker = options_for(
         "StabilityGapTracker", every_n_steps=2, probe_size=16, window=5, dense_steps=1, compare_heads="true"
     )
-    heads = [*_callback("Replay", size=50), *_callback("NearestMeanClassifier")]
-    cli = main(["fit", *OPTIONS, "--data.val_fraction=0.2", *heads, *tracker])
+    heads = [*options_for("Replay", size=50), *options_for("NearestMeanClassifier")]
+    cli = main(["fit", *FIT, "--data.val_fraction=0.2", *heads, *tracker])
     folder = Path(cli.trainer.log_dir)
     assert {"stability_gap.csv", "stability_gap.json", "stability_gap.png"} <= {path.name for path in folder.iterdir()}
     tracked = next(c for c in cli.trainer.callbacks if isinstance(c, StabilityGapTracker))
