@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
+from torch import nn
 
 import lightning_cl.callbacks  # noqa: F401  so that their states are known
 from lightning_cl.tasks.head import HeadCallback
@@ -40,9 +41,16 @@ def load(checkpoint: str | Path, module_class: type[Module], weights_only: bool 
         state = states.get(kind.__qualname__)
         head = None if state is None else kind.build(state)
         if head is not None:
-            parent, _, name = state["layer"].rpartition(".")
-            setattr(module.get_submodule(parent), name, head)
+            _replace(module, module.get_submodule(state["layer"]), head)
     return module.eval()
+
+
+def _replace(module: nn.Module, layer: nn.Module, head: nn.Module) -> None:
+    """Put a head wherever a layer stands: a module may know it by several names."""
+    for parent in list(module.modules()):
+        for name, child in list(parent._modules.items()):  # `named_children` leaves out second names
+            if child is layer:
+                setattr(parent, name, head)
 
 
 def _subclasses(kind: type[HeadCallback]) -> Iterator[type[HeadCallback]]:

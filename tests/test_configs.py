@@ -40,7 +40,7 @@ def _write_arrays(directory: Path, num_classes: int, input_shape: list[int]) -> 
         images = rng.integers(0, 256, (len(labels), *input_shape), dtype=np.uint8)
         files[part] = str(directory / f"{part}.npz")
         np.savez(files[part], images=images, labels=labels)
-    base = {"class_path": "ArrayData", "init_args": {**files, "layout": "nchw", "val_fraction": 0.25}}
+    base = {"class_path": "ArrayData", "init_args": {**files, "layout": "nchw", "val_fraction": 0.25, "num_workers": 0}}
     return f"--data.init_args.base={json.dumps(base)}"
 
 

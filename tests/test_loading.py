@@ -306,3 +306,21 @@ def test_loading_does_not_warn(fitted):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert isinstance(lightning_cl.load(fitted[0], Predicts), LightningModule)
+
+
+class NamedTwice(Predicts):
+    """Knows its classification layer by two names, and calls it by the second."""
+
+    def __init__(self):
+        super().__init__()
+        body, self.fc = self.net[:-1], self.net[-1]
+        self.net = nn.Sequential(body, self.fc)
+
+
+def test_a_layer_with_two_names_is_replaced_under_both(tmp_path):
+    path, trainer, module = _fit(tmp_path, NamedTwice)
+    loaded = lightning_cl.load(path, NamedTwice)
+    (nearest,) = [callback for callback in trainer.callbacks if isinstance(callback, NearestMeanClassifier)]
+    nearest.attach(module)
+    assert torch.equal(loaded(IMAGES), module.eval()(IMAGES))
+    assert loaded.fc is loaded.net[1]

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from typing_extensions import override
 
@@ -282,12 +283,14 @@ class ContinualMetrics(ContinualCallback):
         with evaluating(trainer, pl_module):
             for task in measured:
                 for batch in device_batches(trainer, pl_module, self._loader(trainer, task), self._limit(trainer)):
-                    logits = self._find_call(trainer, pl_module)(batch)
+                    call = self._find_call(trainer, pl_module)
+                    # a module may work in place, and the other head is to see the same batch
+                    logits = call(apply_to_collection(batch, Tensor, Tensor.clone) if self.compare_heads else batch)
                     labels = as_labels(clock.stream.structure.find_targets(batch))
                     metric.update(logits, labels, trained, task)
                     if linear is not None:
                         with own_outputs():
-                            linear.update(self._find_call(trainer, pl_module)(batch), labels, trained, task)
+                            linear.update(call(batch), labels, trained, task)
                     aware.update(logits, labels, trained, task)
         if trained == -1:
             self.baseline = metric.baseline().cpu()
