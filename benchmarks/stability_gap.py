@@ -168,11 +168,11 @@ class RefreshTimes(Callback):
             return
         for _ in range(self.rounds):
             sources = self.head.sources()
-            self.samples = sum(map(len, sources.values()))
+            self.samples = sum(len(source.indices) for source in sources.values())
             started = time.perf_counter()
             with evaluating(trainer, pl_module):
-                for task, indices in sources.items():
-                    for _, batch in sample_batches(trainer, pl_module, self.head.stream, task, indices):
+                for task, source in sources.items():
+                    for _, batch in sample_batches(trainer, pl_module, self.head.stream, task, source.indices):
                         pl_module(batch[0])
             evaluated = time.perf_counter()
             self.head.refresh_now(trainer, pl_module)

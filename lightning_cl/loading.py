@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 import lightning_cl.callbacks  # noqa: F401  so that their states are known
@@ -36,7 +37,13 @@ def load(checkpoint: str | Path, module_class: type[Module], weights_only: bool 
     """
     trusted: dict[str, Any] = {} if weights_only else {"weights_only": False}
     module = module_class.load_from_checkpoint(checkpoint, map_location="cpu", **trusted, **arguments)
-    states = torch.load(checkpoint, map_location="cpu", weights_only=weights_only).get("callbacks", {})
+    states = torch.load(checkpoint, map_location="cpu", weights_only=weights_only).get("callbacks")
+    if states is None:
+        rank_zero_warn(
+            "The checkpoint holds weights only, so a head that the run learnt is not in it and the classification layer"
+            " answers. Save with `save_weights_only=False`."
+        )
+        states = {}
     for kind in _subclasses(HeadCallback):
         state = states.get(kind.__qualname__)
         head = None if state is None else kind.build(state)

@@ -44,6 +44,8 @@ class LayerTap:
         self._handles = []
 
     def _keep(self, name: str) -> Any:
+        # taps come and go, and a compiled module must not be compiled again for each
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
         def keep(layer: nn.Module, inputs: Any, named: dict[str, Any], output: Any) -> None:
             first = _first_tensor(inputs, named)
             if first is not None:
@@ -76,9 +78,12 @@ class OutputReplacement:
 
     def __init__(self, root: nn.Module, layer: nn.Module, head: nn.Module | None = None) -> None:
         self.head = head
+        self.layer = layer
         self._root = root
         self._handle = layer.register_forward_hook(self, with_kwargs=True)
 
+    # or a compiled module would be compiled again for each head
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, layer: nn.Module, inputs: Any, named: dict[str, Any], output: Tensor) -> Tensor | None:
         """Return what the head makes of the layer's input, or ``None`` to keep the output."""
         features = _first_tensor(inputs, named)
@@ -117,14 +122,13 @@ def layer_named(module: nn.Module, name: str, argument: str = "head") -> nn.Modu
     Raises:
         ValueError: If there is none, showing the linear layers that there are.
     """
-    layers = dict(module.named_modules())
-    if name not in layers:
+    try:
+        return module.get_submodule(name)
+    except AttributeError:
         raise ValueError(
             f"`{argument}={name!r}` names no layer of {type(module).__name__}. Its linear layers are:"
             f" {list_layers(linear_layers(module).items())}."
-        )
-    layer: nn.Module = layers[name]
-    return layer
+        ) from None
 
 
 def find_head(module: nn.Module, num_classes: int | None, head: str | None) -> str:

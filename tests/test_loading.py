@@ -324,3 +324,12 @@ def test_a_layer_with_two_names_is_replaced_under_both(tmp_path):
     nearest.attach(module)
     assert torch.equal(loaded(IMAGES), module.eval()(IMAGES))
     assert loaded.fc is loaded.net[1]
+
+
+def test_a_checkpoint_of_weights_alone_says_that_the_layer_answers(tmp_path):
+    trainer = quiet_trainer(callbacks=[Replay(20), NearestMeanClassifier()], max_epochs=1)
+    trainer.fit(Predicts(), datamodule=ClassIncremental(DigitsToPredict(), num_tasks=3))
+    trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    with pytest.warns(UserWarning, match="holds weights only.*classification layer answers"):
+        module = lightning_cl.load(tmp_path / "weights.ckpt", Predicts)
+    assert isinstance(module.net[4], nn.Linear)

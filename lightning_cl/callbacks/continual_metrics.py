@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
@@ -17,9 +16,9 @@ from lightning_cl.metrics import AccuracyMatrix
 from lightning_cl.metrics.functional import forward_transfer
 from lightning_cl.reporting import print_comparison, print_summary, stream_averages, write_plots, write_results
 from lightning_cl.taps import own_outputs
-from lightning_cl.tasks import ContinualCallback, Task, TaskClock, TaskEarlyStopping, compat
+from lightning_cl.tasks import ContinualCallback, Task, TaskClock, compat
 from lightning_cl.tasks.batches import as_labels
-from lightning_cl.tasks.checkpoints import check_saves_at_task_ends
+from lightning_cl.tasks.checkpoints import check_followers
 from lightning_cl.tasks.evaluation import device_batches, evaluating
 from lightning_cl.tasks.head import compared_head
 from lightning_cl.tasks.module_call import ModuleCall
@@ -253,22 +252,17 @@ class ContinualMetrics(ContinualCallback):
 
     def _check_others(self, trainer: Trainer, clock: TaskClock) -> None:
         """Refuse a callback that would write what this one writes, or look for a figure before it exists."""
+        for callback in compat.callbacks_of(trainer):
+            if not isinstance(callback, ContinualMetrics) or callback is self:
+                continue
+            if callback._prefix == self._prefix or callback._folder == self._folder:
+                raise MisconfigurationException(
+                    f"Two ContinualMetrics would both log {self._prefix + '/...'!r} and write the same files. Give"
+                    " them another `split` or `monitor`, or take one out."
+                )
         figures = {*stream_averages(self.matrix, self.matrix), *self.averages, "forward_transfer"}
         names = {f"{self._prefix}/{name}" for name in (*figures, *(f"task_{task}" for task in range(len(self._names))))}
-        for callback in compat.callbacks_of(trainer):
-            if isinstance(callback, ContinualMetrics) and callback is not self:
-                if callback._prefix == self._prefix or callback._folder == self._folder:
-                    raise MisconfigurationException(
-                        f"Two ContinualMetrics would both log {self._prefix + '/...'!r} and write the same files. Give"
-                        " them another `split` or `monitor`, or take one out."
-                    )
-            elif isinstance(callback, TaskEarlyStopping) and callback.monitor in names:
-                raise MisconfigurationException(
-                    f"Early stopping cannot follow `monitor={callback.monitor!r}`: it exists only when a task has"
-                    " ended. Monitor a metric that your module logs in validation."
-                )
-            elif isinstance(callback, ModelCheckpoint) and callback.monitor in names and callback.save_top_k != 0:
-                check_saves_at_task_ends(trainer, callback, clock)
+        check_followers(trainer, clock, names)
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule, trained: int) -> None:
         clock = _clock(trainer)

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
@@ -12,10 +13,10 @@ from typing_extensions import override
 from lightning_cl.arguments import check_choice, check_count
 from lightning_cl.heads import ClassMeans, NearestMeanHead
 from lightning_cl.memory import ReplayMemory
-from lightning_cl.tasks import Task
+from lightning_cl.tasks import Task, compat
 from lightning_cl.tasks.batches import as_labels
 from lightning_cl.tasks.evaluation import evaluating, sample_batches
-from lightning_cl.tasks.head import HeadCallback
+from lightning_cl.tasks.head import HeadCallback, Source
 
 Prototypes = Literal["memory+current", "memory", "all"]
 
@@ -78,6 +79,20 @@ class NearestMeanClassifier(HeadCallback):
         if stage == "fit":
             self._past = self._current = None
             self._refreshed_at = -1
+            self._check_early_stopping(trainer)
+
+    def _check_early_stopping(self, trainer: Trainer) -> None:
+        """Refuse early stopping on a loss that would be infinite, since a class has no prototype when it is scored."""
+        later = max(self.stream.served_tasks("val"), default=0) > self.stream.current_task.index
+        if self.refresh == "epoch" and self.prototypes != "memory" and not later:
+            return
+        for callback in compat.callbacks_of(trainer):
+            if isinstance(callback, EarlyStopping) and callback.check_finite and _is_loss(callback.monitor):
+                raise MisconfigurationException(
+                    f"Early stopping on {callback.monitor!r} would end each task when it is infinite, as it is while a"
+                    " validated class has no prototype and so scores minus infinity. Monitor an accuracy, or say"
+                    " `check_finite=False`."
+                )
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -151,28 +166,31 @@ class NearestMeanClassifier(HeadCallback):
         return self.prototypes == "all" or (self.prototypes == "memory+current" and self._memory is None)
 
     @override
-    def sources(self) -> dict[int, Tensor]:
+    def sources(self) -> dict[int, Source]:
         task = self.stream.current_task.index
-        current = {} if self.prototypes == "memory" else {task: torch.arange(self.stream.samples_of(task) or 0)}
+        current = {} if self.prototypes == "memory" else {task: self._all_of(task)}
         return {**self._remembered(), **current}
 
     @override
-    def learn_from(self, trainer: Trainer, rows: Iterable[tuple[Tensor, Tensor]]) -> NearestMeanHead | None:
+    def learn_from(self, trainer: Trainer, rows: Iterable[tuple[Tensor, Tensor, Tensor]]) -> NearestMeanHead | None:
         means = self._no_means(trainer.lightning_module)
-        for features, labels in rows:
-            means.update(features, labels)
+        for features, labels, weights in rows:
+            means.update(features, labels, weights)
         self._reduce(trainer, means)
         if self._sums_up and self._past is not None:
             means.add(self._past)
         return self._head_of(means)
 
-    def _remembered(self) -> dict[int, Tensor]:
+    def _all_of(self, task: int) -> Source:
+        return Source(torch.arange(self.stream.samples_of(task) or 0), self.stream.labels_of(task, read=False))
+
+    def _remembered(self) -> dict[int, Source]:
         """Return the samples that come from the memory, by task."""
         task, memory = self.stream.current_task.index, self._memory
         if self._sums_up or memory is None:
             return {}
         tasks = [t for t in memory.task_counts if self.prototypes == "memory" or t != task]
-        return {t: memory.indices[memory.tasks == t] for t in tasks}
+        return {t: Source(memory.indices[memory.tasks == t], memory.labels[memory.tasks == t].long()) for t in tasks}
 
     def refresh_now(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the means anew; to be called on all ranks."""
@@ -202,17 +220,16 @@ class NearestMeanClassifier(HeadCallback):
         if self.prototypes != "memory":
             if self._current is None:
                 task = self.stream.current_task.index
-                everything = torch.arange(self.stream.samples_of(task) or 0)
-                self._current = self._sums(trainer, pl_module, {task: everything})
+                self._current = self._sums(trainer, pl_module, {task: self._all_of(task)})
             means.add(self._current)
         return means
 
-    def _sums(self, trainer: Trainer, pl_module: LightningModule, samples: dict[int, Tensor]) -> ClassMeans:
+    def _sums(self, trainer: Trainer, pl_module: LightningModule, sources: dict[int, Source]) -> ClassMeans:
         """Sum up features of samples, given by task, over all ranks."""
         means = self._no_means(pl_module)
         with evaluating(trainer, pl_module):
-            for task, indices in samples.items():
-                for _, batch in sample_batches(trainer, pl_module, self.stream, task, indices):
+            for task, source in sources.items():
+                for _, batch in sample_batches(trainer, pl_module, self.stream, task, source.indices):
                     labels = as_labels(self.stream.structure.find_targets(batch))
                     means.update(self.features_of(pl_module, batch), labels)
         self._reduce(trainer, means)
@@ -224,3 +241,7 @@ class NearestMeanClassifier(HeadCallback):
     def _reduce(self, trainer: Trainer, means: ClassMeans) -> None:
         means.sums = trainer.strategy.reduce(means.sums, reduce_op="sum")
         means.counts = trainer.strategy.reduce(means.counts, reduce_op="sum")
+
+
+def _is_loss(monitor: str) -> bool:
+    return "loss" in monitor and "train" not in monitor

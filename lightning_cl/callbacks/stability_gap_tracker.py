@@ -15,7 +15,8 @@ from lightning_cl.arguments import check_choice, check_count
 from lightning_cl.metrics.curve import AccuracyCurve
 from lightning_cl.reporting.stability import stability_figures, write_stability
 from lightning_cl.taps import own_outputs
-from lightning_cl.tasks import ContinualCallback, Task, TaskClock
+from lightning_cl.tasks import ContinualCallback, Task, TaskClock, compat
+from lightning_cl.tasks.checkpoints import check_followers
 from lightning_cl.tasks.evaluation import evaluating, find_call
 from lightning_cl.tasks.head import compared_head, heads_of
 from lightning_cl.tasks.module_call import ModuleCall
@@ -91,17 +92,20 @@ class StabilityGapTracker(ContinualCallback):
         self.curve = AccuracyCurve(0)
         self._names: list[str] = []
         self._heads: list[str] = []
+        self._followed: set[str] = set()
         self._log_dir: str | None = None
+        self._provisional: ProvisionalHead | None = None
         self.forget()
 
     def forget(self) -> None:
-        """Let go of what belongs to one fit; the curve stays."""
+        """Let go of what belongs to one fit; what a checkpoint of it holds stays."""
         self._stream: ReplayStream | None = None
         self._clock: TaskClock | None = None
         self._call: ModuleCall | None = None
         self._probes = Probes()
-        self._provisional: ProvisionalHead | None = None
         self._task_of_class: Tensor | None = None
+        if self._provisional is not None:
+            self._provisional.forget_samples()
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -125,6 +129,9 @@ class StabilityGapTracker(ContinualCallback):
         if self.compare_heads or not heads:
             self._heads.append("classification layer")
         self._task_of_class = _task_of_class(self._stream.tasks)
+        monitors = (str(getattr(callback, "monitor", None)) for callback in compat.callbacks_of(trainer))
+        self._followed = {monitor for monitor in monitors if monitor.startswith("stability/")}
+        check_followers(trainer, clock, self._followed)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -163,7 +170,9 @@ class StabilityGapTracker(ContinualCallback):
                 self.curve.mark_epoch_end()
             else:  # the last epoch was cut short
                 self._measure(trainer, pl_module, epoch_end=True)
-        known = {f"stability/{name}": value for name, value in self.figures.items() if value == value}
+        figures = {f"stability/{name}": value for name, value in self.figures.items()}
+        # after the first task there is no gap yet, but who follows it must find it
+        known = {name: value for name, value in figures.items() if value == value or name in self._followed}
         pl_module.log_dict(known, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
 
     @override
@@ -283,7 +292,7 @@ class StabilityGapTracker(ContinualCallback):
             measured = {f"{prefix}/task_{task}": value for task, value in enumerate(row.tolist()) if value == value}
             figures.update(measured)
         for logger in trainer.loggers:
-            logger.log_metrics(figures, step=trainer.global_step)
+            logger.log_metrics(figures, step=compat.logged_step(trainer))
 
 
 def _task_of_class(tasks: Sequence[Task]) -> Tensor | None:

@@ -9,7 +9,7 @@ class ClassMeans:
     """Sum up features by class, in double precision.
 
     One pass over the samples gives their means, whatever the batches; sums of several processes can be added. Every
-    sample weighs the same.
+    sample weighs the same unless weights are given.
 
     Args:
         num_classes: How many classes there may be.
@@ -19,7 +19,7 @@ class ClassMeans:
 
     Attributes:
         sums: Sums of the features, ``(classes, width)``, float64.
-        counts: Samples of each class, ``(classes,)``, int64.
+        counts: Samples of each class, or the sum of their weights, ``(classes,)``, float64.
 
     Example::
 
@@ -30,7 +30,7 @@ class ClassMeans:
                 [0., 0.],
                 [0., 5.]], dtype=torch.float64)
         >>> means.counts
-        tensor([2, 0, 1])
+        tensor([2., 0., 1.], dtype=torch.float64)
     """
 
     def __init__(
@@ -40,14 +40,15 @@ class ClassMeans:
         if device is not None and torch.device(device).type == "mps":  # which knows no double precision
             device = "cpu"
         self.sums = torch.zeros(num_classes, width, dtype=torch.float64, device=device)
-        self.counts = torch.zeros(num_classes, dtype=torch.int64, device=device)
+        self.counts = torch.zeros(num_classes, dtype=torch.float64, device=device)
 
-    def update(self, features: Tensor, labels: Tensor) -> None:
+    def update(self, features: Tensor, labels: Tensor, weights: Tensor | None = None) -> None:
         """Add samples.
 
         Args:
             features: Of shape ``(batch, width)``.
             labels: Of shape ``(batch,)``.
+            weights: How many samples each one stands for, ``(batch,)``; 1 if ``None``.
 
         Raises:
             ValueError: If the shapes do not go together, or a label is outside the classes.
@@ -69,8 +70,13 @@ class ClassMeans:
         if self.normalize:
             rows = functional.normalize(rows, dim=1)
         labels = labels.to(self.sums.device)
-        self.sums.index_add_(0, labels, rows.double())
-        self.counts += labels.bincount(minlength=classes)
+        rows = rows.double()
+        ones = torch.ones_like(rows[:, 0])
+        if weights is not None:
+            ones *= weights.to(ones)
+            rows *= ones[:, None]
+        self.sums.index_add_(0, labels, rows)
+        self.counts.index_add_(0, labels, ones)
 
     def add(self, other: "ClassMeans") -> None:
         """Add the sums of another pass."""
@@ -79,7 +85,7 @@ class ClassMeans:
 
     def compute(self) -> Tensor:
         """Return the means, ``(classes, width)``, float64; zeros for a class without samples."""
-        means = self.sums / self.counts.clamp(min=1)[:, None]
+        means = self.sums / self.counts.where(self.counts > 0, 1)[:, None]
         return functional.normalize(means, dim=1) if self.normalize else means
 
     def state_dict(self) -> dict[str, Tensor]:

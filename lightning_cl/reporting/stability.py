@@ -36,8 +36,13 @@ def stability_figures(curve: AccuracyCurve, window: int) -> dict[str, float]:
     if curve.length == 0:
         return figures
     trained, ends = curve.trained, curve.epoch_ends
+    # tasks that are still to come have no part in the figures
+    seen = torch.arange(curve.accuracies.shape[2]) <= trained[:, None, None]
     for prefix, accuracies, recency in zip(
-        _PREFIXES, curve.accuracies.unbind(dim=1), curve.recency.unbind(dim=1), strict=False
+        _PREFIXES,
+        curve.accuracies.where(seen, torch.nan).unbind(dim=1),
+        curve.recency.unbind(dim=1),
+        strict=False,
     ):
         found = {
             "average_accuracy": accuracies[-1][: int(trained[-1]) + 1].nanmean(),

@@ -1,5 +1,6 @@
-"""What can be said of a checkpoint callback before a stream begins."""
+"""What can be said before a stream begins of callbacks that follow figures of task ends."""
 
+from collections.abc import Collection
 from itertools import accumulate
 
 from lightning.pytorch import Trainer
@@ -8,6 +9,23 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_cl.tasks import compat
 from lightning_cl.tasks.clock import TaskClock
+from lightning_cl.tasks.early_stopping import TaskEarlyStopping
+
+
+def check_followers(trainer: Trainer, clock: TaskClock, figures: Collection[str]) -> None:
+    """Refuse a callback that would look for a figure of task ends before it exists.
+
+    Raises:
+        MisconfigurationException: If early stopping follows one, or a checkpoint callback that saves at other times.
+    """
+    for callback in compat.callbacks_of(trainer):
+        if isinstance(callback, TaskEarlyStopping) and callback.monitor in figures:
+            raise MisconfigurationException(
+                f"Early stopping cannot follow `monitor={callback.monitor!r}`: it exists only when a task has ended."
+                " Monitor a metric that your module logs in validation."
+            )
+        if isinstance(callback, ModelCheckpoint) and callback.monitor in figures and callback.save_top_k != 0:
+            check_saves_at_task_ends(trainer, callback, clock)
 
 
 def check_saves_at_task_ends(trainer: Trainer, checkpoint: ModelCheckpoint, clock: TaskClock) -> None:

@@ -50,6 +50,14 @@ def next_batch_index(trainer: Trainer) -> int:
     return trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
 
+def logged_step(trainer: Trainer) -> int:
+    """Return the step at which ``self.log`` would log now, so that a logger's curves have one axis.
+
+    ``trainer.global_step`` counts the steps of each optimizer, and a module may have several.
+    """
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
 def repair_resume_after_batch(trainer: Trainer) -> None:
     """Let a checkpoint written in ``on_train_batch_end`` resume as the uninterrupted run went on.
 

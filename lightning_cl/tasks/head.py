@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -38,6 +40,18 @@ def compared_head(trainer: Trainer) -> "HeadCallback":
             " layer, and there is none among the callbacks."
         )
     return heads[0]
+
+
+class Source(NamedTuple):
+    """Training samples of one task.
+
+    Args:
+        indices: Which they are.
+        labels: The class of each, ``None`` if unknown.
+    """
+
+    indices: Tensor
+    labels: Tensor | None
 
 
 class HeadCallback(ContinualCallback):
@@ -81,6 +95,11 @@ class HeadCallback(ContinualCallback):
                 f"{type(self).__name__} reads the training data of each task, and this fit has no tasks. Wrap your"
                 " DataModule in a task sequence: `Joint(your_datamodule)` is one of a single task."
             )
+        if any(isinstance(callback, WeightAveraging) for callback in compat.callbacks_of(trainer)):
+            raise MisconfigurationException(
+                f"{type(self).__name__} learns its head from the features of the weights in training, and"
+                " WeightAveraging evaluates other weights, which the head does not fit. Take one out."
+            )
         self._stream = clock.stream
         for task in clock.stream.tasks:
             if clock.stream.samples_of(task.index) is None:
@@ -121,10 +140,12 @@ class HeadCallback(ContinualCallback):
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._warn_without_head()
         self._stand_in(pl_module)
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._warn_without_head()
         self._stand_in(pl_module)
 
     @override
@@ -164,6 +185,7 @@ class HeadCallback(ContinualCallback):
         batch_idx: int,
         step: Callable[[Any], Any],
     ) -> Any:
+        self._stand_in(pl_module)  # its `on_task_start` may have put a new layer in
         with own_outputs():  # a module may be trained in eval mode
             return step(batch)
 
@@ -172,16 +194,16 @@ class HeadCallback(ContinualCallback):
         """Return the head of a saved state, ``None`` if there was none yet."""
         raise NotImplementedError
 
-    def sources(self) -> dict[int, Tensor]:
+    def sources(self) -> dict[int, Source]:
         """Return the training samples that the head is learnt from now, by task."""
         raise NotImplementedError
 
-    def learn_from(self, trainer: Trainer, rows: Iterable[tuple[Tensor, Tensor]]) -> nn.Module | None:
+    def learn_from(self, trainer: Trainer, rows: Iterable[tuple[Tensor, Tensor, Tensor]]) -> nn.Module | None:
         """Return a head of the same kind for other samples; to be called on all ranks, each with its share.
 
         Args:
             trainer: The Trainer.
-            rows: Features and labels, batch by batch.
+            rows: Features, labels, and how many samples each row stands for, batch by batch.
         """
         raise NotImplementedError
 
@@ -229,8 +251,21 @@ class HeadCallback(ContinualCallback):
         self.learn(self.build(state_dict))
 
     def _stand_in(self, pl_module: LightningModule) -> None:
-        if self._replacement is None and self._layer is not None:
-            self._replacement = OutputReplacement(pl_module, layer_named(pl_module, self._layer), self.classifier)
+        if self._layer is None:
+            return
+        layer = layer_named(pl_module, self._layer)
+        if self._replacement is not None:
+            if self._replacement.layer is layer:
+                return
+            self._replacement.remove()
+        self._replacement = OutputReplacement(pl_module, layer, self.classifier)
+
+    def _warn_without_head(self) -> None:
+        if self.classifier is None:
+            rank_zero_warn(
+                f"{type(self).__name__} has no head yet, so the classification layer answers. Heads are learnt in `fit`"
+                " and kept in its checkpoints: say `ckpt_path=...`, also after a fit in spawned processes."
+            )
 
     def _stand_back(self) -> None:
         if self._replacement is not None:

@@ -24,20 +24,23 @@ class ModuleCall:
 
     Args:
         call: Calls the module on a batch.
-        head: Name and layer to read the logits from; ``None`` to take what the call returns.
+        module: The module.
+        head: Name of the layer to read the logits from; ``None`` to take what the call returns.
     """
 
-    def __init__(self, call: Call, head: tuple[str, nn.Module] | None) -> None:
+    def __init__(self, call: Call, module: nn.Module, head: str | None) -> None:
         self._call = call
+        self._module = module
         self._head = head
 
     def __call__(self, batch: Any) -> Tensor:
         """Return the logits ``(batch, classes)`` of a batch that is on the module's device."""
         if self._head is None:
             return _scores(self._call(batch))  # type: ignore[return-value]
-        with LayerTap(dict([self._head])) as tap:
+        # by name: a module may put a new layer in the place of the old one
+        with LayerTap({self._head: layer_named(self._module, self._head)}) as tap:
             self._call(batch)
-        return pool_positions(tap.outputs[self._head[0]])
+        return pool_positions(tap.outputs[self._head])
 
     @classmethod
     def find(
@@ -84,10 +87,10 @@ class ModuleCall:
             else:
                 exact = [n for n, out in rows.items() if out.shape[1] == num_outputs]
             if head is None and result is not None and _gives_scores(result, rows, labels, num_outputs, needed):
-                return cls(call, None)
+                return cls(call, pl_module, None)
             if len(exact) == 1:
                 _check_width(exact[0], rows[exact[0]], needed if num_outputs is None else num_outputs)
-                return cls(call, (exact[0], layers[exact[0]]))
+                return cls(call, pl_module, exact[0])
             tried.append(f"{name}: no class scores ({describe(result) if result is not None else 'no tensor'})")
         wanted = num_outputs or needed
         raise MisconfigurationException(

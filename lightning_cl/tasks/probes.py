@@ -9,7 +9,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_cl.hashing import mix, mix_each
-from lightning_cl.tasks.batches import as_labels, join_rows
+from lightning_cl.tasks.batches import as_labels, join_rows, take_rows
 from lightning_cl.tasks.evaluation import evaluating, sample_batches
 from lightning_cl.tasks.stream import DataSplit, ReplayStream
 
@@ -79,21 +79,35 @@ class Probes:
     def call(self, function: Callable[[Any], Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield what a function returns for each batch, with the labels and tasks of its rows.
 
-        A module may change its input, or take the batch apart: the samples stay as they are.
+        A module may change its input, or take the batch apart: the samples stay as they are. A batch that is too much
+        for the device is halved, for good.
         """
-        for batch, labels, tasks in self.chunks:
-            tensors: list[Tensor] = []
-
-            def give(tensor: Tensor, given: list[Tensor] = tensors) -> Tensor:
-                given.append(tensor.clone() if self._clones else tensor)
-                return given[-1]
-
-            handed = apply_to_collection(batch, Tensor, give)
-            before = [tensor._version for tensor in tensors]
-            output = function(handed)
-            if self._clones:
-                self._clones = [tensor._version for tensor in tensors] != before
+        position = 0
+        while position < len(self.chunks):
+            batch, labels, tasks = self.chunks[position]
+            try:
+                output = self._output(function, batch)
+            except torch.cuda.OutOfMemoryError:
+                if len(labels) < 2:
+                    raise
+                self.chunks[position : position + 1] = _halves(self.chunks[position])
+                continue
             yield output, labels, tasks
+            position += 1
+
+    def _output(self, function: Callable[[Any], Tensor], batch: Any) -> Tensor:
+        tensors: list[Tensor] = []
+
+        def give(tensor: Tensor) -> Tensor:
+            tensors.append(tensor.clone() if self._clones else tensor)
+            return tensors[-1]
+
+        handed = apply_to_collection(batch, Tensor, give)
+        before = [tensor._version for tensor in tensors]
+        output = function(handed)
+        if self._clones:
+            self._clones = [tensor._version for tensor in tensors] != before
+        return output
 
 
 def choose(count: int, samples: int, seed: int, task: int) -> Tensor:
@@ -114,6 +128,12 @@ def _join(parts: list[Chunk]) -> Iterator[Chunk]:
         size += more
     if group:
         yield from _joined(group)
+
+
+def _halves(chunk: Chunk) -> list[Chunk]:
+    count = len(chunk.labels)
+    halves = slice(count // 2), slice(count // 2, None)
+    return [Chunk(take_rows(chunk.batch, rows, count), chunk.labels[rows], chunk.tasks[rows]) for rows in halves]
 
 
 def _bytes_of(batch: Any) -> int:

@@ -91,10 +91,11 @@ class MeansByHand:
     def __init__(self):
         self.features = {}
 
-    def add(self, module, numbers, shifted=False):
+    def add(self, module, numbers, shifted=False, weights=None):
         images = IMAGES[numbers] * 2 - 1 if shifted else IMAGES[numbers]
-        for label, row in zip(LABELS[numbers].tolist(), unit(features_of(module, images)), strict=True):
-            self.features.setdefault(label, []).append(row)
+        rows = unit(features_of(module, images))
+        for label, row, weight in zip(LABELS[numbers].tolist(), rows, weights or [1] * len(rows), strict=True):
+            self.features.setdefault(label, []).append(weight * row)
         return self
 
     @property

@@ -3,7 +3,7 @@
 import torch
 from lightning.pytorch import Callback
 from nearest_means import VAL_IMAGES, VAL_LABELS, MeansByHand
-from numbered_streams import fit_stream
+from numbered_streams import LABELS, fit_stream
 
 from lightning_cl.callbacks import StabilityGapTracker
 from lightning_cl.tasks.probes import choose
@@ -46,19 +46,28 @@ class Snapshots(Callback):
         like.load_state_dict(self.states[step])
         return like.eval()
 
-    def remembered(self, step, size=SIZE):
-        """Numbers of the samples that stand for past tasks at a step, ``size`` of each task."""
+    def remembered(self, step, current=False):
+        """Samples that stand for past tasks at a step, or for all in the memory: their weights by their numbers."""
         tasks, indices = self.memories[step]
-        numbers = []
-        for task in sorted(set(tasks.tolist()) - {self.tasks[step]}):
-            of_task = indices[tasks == task]
-            numbers += (48 * task + of_task[choose(size, len(of_task), SEED, task)]).tolist()
-        return numbers
+        sample = {}
+        for task in sorted(set(tasks.tolist()) - (set() if current else {self.tasks[step]})):
+            sample.update(sampled(task, indices[tasks == task]))
+        return sample
 
-    def current(self, step, size=SIZE):
-        """Numbers of the samples that stand for the task in training at a step."""
-        task = self.tasks[step]
-        return (48 * task + choose(size, 48, SEED, task)).tolist()
+    def current(self, step):
+        """Samples that stand for the task in training at a step: their weights by their numbers."""
+        return sampled(self.tasks[step], torch.arange(48))
+
+
+def sampled(task, indices, size=SIZE):
+    """Choose from each class its share of ``size`` samples, 16 at least, and say for how many each of them stands."""
+    numbers, sample = 48 * task + indices, {}
+    for label in (2 * task, 2 * task + 1):
+        members = numbers[LABELS[numbers] == label]
+        share = max(16, round(size * len(members) / len(numbers)))
+        chosen = members[choose(share, len(members), SEED, task)].tolist()
+        sample.update(dict.fromkeys(chosen, len(members) / max(1, len(chosen))))
+    return sample
 
 
 def predict(module, images):
@@ -84,7 +93,8 @@ def nearest_curve_by_hand(snapshots, like, refreshed_at=lambda step: step, past=
         when = refreshed_at(step)
         means = MeansByHand() if past is None else past(when)
         module = snapshots.module(when, like)
-        means.add(module, snapshots.current(when) + (snapshots.remembered(when) if past is None else []))
+        sample = snapshots.current(when) | (snapshots.remembered(when) if past is None else {})
+        means.add(module, list(sample), weights=list(sample.values()))
         prototypes = means.prototypes  # before the module changes
         return nearest(snapshots.module(step, like), prototypes, images)
 

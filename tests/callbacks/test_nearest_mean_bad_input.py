@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from command_line import OPTIONS, error_of, options_for
+from lightning.pytorch.callbacks import EarlyStopping, WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from numbered_streams import AnyBatch, DataOf, fit_stream
 from torch import nn
@@ -12,8 +13,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_cl.callbacks import NearestMeanClassifier, Replay
 from lightning_cl.cli import main
-from lightning_cl.datamodules import DomainIncremental, TaskList
-from tests.modules import BrightnessData, Plain, Regression, TwoHeads, quiet_trainer
+from lightning_cl.datamodules import ClassIncremental, DomainIncremental, TaskList
+from tests.modules import BrightnessData, DigitsData, Plain, Regression, TwoHeads, quiet_trainer
 
 
 def _refused(nearest, match, module=Plain, callbacks=(), error=MisconfigurationException, **settings):
@@ -266,3 +267,56 @@ def test_two_heads_of_one_kind_are_one_message(capsys):
     )
     assert error.startswith("error: `trainer.callbacks` has more than one NearestMeanClassifier. Take one out")
     assert error.count("\n") == 1
+
+
+# ------------------------------------------------------------------ callbacks that do not go with a head
+
+
+class LogsLoss(Plain):
+    """Logs the loss of its validation, which is infinite where a class has no prototype."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+        super().validation_step(batch, batch_idx)
+
+
+def _stream_with(stopping, nearest, **options):
+    trainer = quiet_trainer(callbacks=[Replay(20), nearest, stopping])
+    trainer.fit(LogsLoss(), datamodule=ClassIncremental(DigitsData(), num_tasks=3, **options))
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("nearest", "options"),
+    [
+        ({"refresh": "task"}, {}),
+        ({"refresh": 5}, {}),
+        ({"prototypes": "memory"}, {}),
+        ({}, {"eval_tasks": "all"}),
+    ],
+    ids=str,
+)
+def test_early_stopping_on_a_loss_that_is_infinite_for_want_of_prototypes(nearest, options):
+    stopping = EarlyStopping("val_loss", patience=5)
+    with pytest.raises(MisconfigurationException, match=r"Early stopping on 'val_loss'.*`check_finite=False`"):
+        _stream_with(stopping, NearestMeanClassifier(**nearest), **options)
+
+
+@pytest.mark.parametrize(
+    ("stopping", "nearest"),
+    [
+        ({"monitor": "val_loss"}, {}),
+        ({"monitor": "val_loss", "check_finite": False}, {"refresh": "task"}),
+        ({"monitor": "val_acc", "mode": "max"}, {"refresh": "task"}),
+    ],
+    ids=str,
+)
+def test_early_stopping_lets_each_task_have_its_epochs_where_nothing_is_infinite(stopping, nearest):
+    trainer = _stream_with(EarlyStopping(**stopping, patience=5), NearestMeanClassifier(**nearest))
+    assert trainer.current_epoch == 6
+
+
+def test_averaged_weights_which_prototypes_of_the_weights_in_training_would_not_fit():
+    _refused(
+        NearestMeanClassifier(), "NearestMeanClassifier .*WeightAveraging.*Take one out", callbacks=[WeightAveraging()]
+    )

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import OPTIONS, error_of, options_for
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from numbered_streams import DataOf, fit_stream
 from torch.utils.data import DataLoader, IterableDataset
@@ -218,3 +218,26 @@ def test_the_sequence_may_be_any():
 
 def test_data_without_a_validation_loader_is_named():
     _refused([StabilityGapTracker(probe_size=5)], "task 0", DataOf())
+
+
+def test_early_stopping_on_a_figure_of_task_ends():
+    _refused(
+        [StabilityGapTracker(probe_size=10), EarlyStopping("stability/gap")],
+        "Early stopping cannot follow `monitor='stability/gap'`",
+    )
+
+
+def test_a_checkpoint_that_follows_a_gap_but_saves_each_epoch():
+    keeper = ModelCheckpoint(monitor="stability/gap")
+    match = r"`ModelCheckpoint\(monitor='stability/gap'\)`.*every_n_epochs=2"
+    _refused([keeper, StabilityGapTracker(probe_size=10)], match, max_epochs=2, enable_checkpointing=True)
+
+
+def test_a_checkpoint_that_follows_a_gap_is_written_at_task_ends(tmp_path):
+    """There is no gap in the first task."""
+    keeper = ModelCheckpoint(tmp_path, monitor="stability/gap", every_n_epochs=2)
+    tracker = StabilityGapTracker(probe_size=10)
+    fit_stream([keeper, tracker], Plain, DigitsData(), max_epochs=2, enable_checkpointing=True)
+    assert len(list(tmp_path.iterdir())) == 1
+    best = torch.load(keeper.best_model_path, weights_only=True)["callbacks"]["StabilityGapTracker"]["curve"]
+    assert len(best["steps"]) == (12 if float(keeper.best_model_score) < tracker.figures["gap"] else 18)

@@ -276,3 +276,29 @@ def test_a_failed_fit_can_be_followed_by_a_whole_one():
     fit_stream([tracker], Plain, DigitsData())
     expected, _, _ = fit_tracked()
     assert same(tracker.curve.state_dict(), expected.curve.state_dict())
+
+
+class FailsAtStep(Callback):
+    """Ends a run with an error."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, *args):
+        if trainer.global_step == self.step:
+            raise RuntimeError("the lights went out")
+
+
+@pytest.mark.parametrize("step", [8, 10])
+def test_a_checkpoint_of_a_run_that_failed_has_the_prototypes_of_the_probes(step, tmp_path):
+    def callbacks():
+        return [Replay(20), NearestMeanClassifier()]
+
+    whole, _, _ = fit_tracked(_tracker(nmc_refresh=4), callbacks(), NoisyNet, max_epochs=2)
+    keeper = ModelCheckpoint(tmp_path, "failed", save_on_exception=True, every_n_epochs=100)
+    others = [*callbacks(), FailsAtStep(step), keeper]
+    with pytest.raises(RuntimeError, match="lights"):
+        fit_tracked(_tracker(nmc_refresh=4), others, NoisyNet, max_epochs=2, enable_checkpointing=True)
+    (path,) = tmp_path.glob("*.ckpt")
+    resumed, _, _ = fit_tracked(_tracker(nmc_refresh=4), callbacks(), NoisyNet, max_epochs=2, ckpt_path=path)
+    assert same(resumed.curve.state_dict(), whole.curve.state_dict())

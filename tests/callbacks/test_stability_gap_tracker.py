@@ -257,6 +257,13 @@ def _measured(tracker, **settings):
     return curve.steps.tolist(), curve.steps[curve.epoch_ends].tolist(), curve.trained.tolist()
 
 
+def test_tasks_to_come_change_no_figure():
+    seen, _, _ = fit_tracked(StabilityGapTracker(probe_size=SIZE), [Replay(20)])
+    every, _, _ = fit_tracked(StabilityGapTracker(probe_size=SIZE, tasks="all"), [Replay(20)])
+    assert not every.curve.accuracies.isnan().any()
+    assert every.figures == pytest.approx(seen.figures, nan_ok=True)
+
+
 def test_every_step_is_measured_and_the_last_of_each_epoch_is_marked():
     steps, ends, trained = _measured(_tracker())
     assert steps == list(range(1, 10))

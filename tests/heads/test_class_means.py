@@ -182,3 +182,21 @@ def test_labels_outside_the_classes_are_refused_before_anything_is_added(labels)
         means.update(torch.ones(2, 7), torch.tensor(labels))
     assert not means.sums.any()
     assert not means.counts.any()
+
+
+def test_a_weight_says_for_how_many_samples_one_stands():
+    features, labels = torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 1, 4])
+    copies = torch.tensor([3, 1, 2, 2, 5, 1])
+    weighed, repeated = ClassMeans(5, 4), ClassMeans(5, 4)
+    weighed.update(features, labels, copies)
+    repeated.update(features.repeat_interleave(copies, 0), labels.repeat_interleave(copies))
+    torch.testing.assert_close(weighed.compute(), repeated.compute())
+    assert torch.equal(weighed.counts, repeated.counts)
+
+
+def test_weights_below_one_make_the_same_means():
+    features, labels = torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 1, 4])
+    whole, parts = ClassMeans(5, 4, normalize=False), ClassMeans(5, 4, normalize=False)
+    whole.update(features, labels)
+    parts.update(features, labels, torch.full((6,), 0.01))
+    torch.testing.assert_close(parts.compute(), whole.compute())

@@ -230,7 +230,8 @@ def test_loggers_get_the_accuracies_step_by_step(every, heads, tmp_path):
             }
             accuracies = tracker.curve.accuracies[:, head, task]
             known = ~accuracies.isnan()
-            expected = dict(zip(tracker.curve.steps[known].tolist(), accuracies[known].tolist(), strict=True))
+            steps = (tracker.curve.steps[known] - 1).tolist()  # Lightning logs the first step as 0
+            expected = dict(zip(steps, accuracies[known].tolist(), strict=True))
             assert logged == pytest.approx(expected)
     assert ("linear_probe_acc/task_0" in rows[0]) == heads
 
@@ -241,3 +242,38 @@ def test_the_figures_reach_the_logger_at_the_end_of_each_task(tmp_path):
     rows = [row for row in _rows(Path(logger.log_dir) / "metrics.csv") if row["stability/average_accuracy"]]
     assert len(rows) == 3
     assert float(rows[-1]["stability/gap"]) == pytest.approx(tracker.figures["gap"])
+
+
+class TwoOptimizers(Plain):
+    """Each batch is a step of two optimizers."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+        self.log("loss", loss)
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.net[0], self.net[4])]
+
+
+@pytest.mark.parametrize("module", [Plain, TwoOptimizers])
+def test_accuracies_stand_in_the_log_where_the_loss_of_the_step_stands(module, tmp_path):
+    class Logs(module):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if loss is not None:
+                self.log("loss", loss)
+            return loss
+
+    logger = CSVLogger(tmp_path, version=0)
+    tracker = StabilityGapTracker(probe_size=10)
+    trainer = quiet_trainer(callbacks=[tracker], max_epochs=1, logger=logger, log_every_n_steps=1)
+    trainer.fit(Logs(), datamodule=ClassIncremental(DigitsData(), num_tasks=3))
+    rows = _rows(Path(logger.log_dir) / "metrics.csv")
+    steps = [[row["step"] for row in rows if row[name]] for name in ("loss", "probe_acc/task_0")]
+    assert steps[0] == steps[1] == [str(step) for step in range(9)]

@@ -202,3 +202,44 @@ def test_a_collate_function_that_drops_rows_is_an_error_that_says_so():
 
     with pytest.raises(ValueError, match="5 samples of task 0 gave 4 rows"):
         _chunks([(0, [0, 1, 2, 3, 4])], ClassIncremental(Drops(), num_tasks=3))
+
+
+def _scarce(limit):
+    """A function that has memory for some rows only, and what it was asked for."""
+    asked = []
+
+    def call(batch):
+        asked.append(len(batch[1]))
+        if len(batch[1]) > limit:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return batch[1]
+
+    return call, asked
+
+
+@pytest.mark.parametrize("limit", [40, 13, 6, 1])
+def test_batches_are_halved_until_the_device_has_room_and_stay_so(limit):
+    def look(trainer, module, stream):
+        probes = Probes()
+        for task, count in ((0, 15), (1, 10)):
+            probes.fetch(trainer, module, stream, task, choose(count, 20, 0, task), "val")
+        whole = [torch.cat(column) for column in zip(*probes.call(lambda batch: batch[1]), strict=True)]
+        call, asked = _scarce(limit)
+        parts = [torch.cat(column) for column in zip(*probes.call(call), strict=True)]
+        assert all(map(torch.equal, whole, parts))
+        asked.clear()
+        list(probes.call(call))
+        assert max(asked) <= limit
+        assert sum(asked) == 25
+
+    _look(look)
+
+
+def test_a_single_sample_that_has_no_room_is_an_error():
+    def look(trainer, module, stream):
+        probes = Probes()
+        probes.fetch(trainer, module, stream, 0, choose(5, 20, 0, 0), "val")
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            list(probes.call(_scarce(0)[0]))
+
+    _look(look)
