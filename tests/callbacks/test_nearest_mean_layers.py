@@ -77,17 +77,11 @@ class NotCompiled(Compiled):
         return self.answer(images)
 
 
-def _fit_compiled(epochs):
+def test_a_compiled_network_is_not_compiled_again_for_each_head():
     torch.compiler.reset()
     tracker = StabilityGapTracker(probe_size=10, compare_heads=True)
-    nearest, _, module = fit_nearest(module=Compiled, others=[tracker], max_epochs=epochs, limit_val_batches=1.0)
-    return tracker, nearest, module.graphs
-
-
-def test_a_compiled_network_is_not_compiled_again_for_each_head():
-    tracker, _, graphs = _fit_compiled(epochs=1)
-    _, _, more = _fit_compiled(epochs=4)
-    assert 0 < graphs == more
+    _, _, module = fit_nearest(module=Compiled, others=[tracker], max_epochs=1, limit_val_batches=1.0)
+    assert 0 < module.graphs < torch._dynamo.config.cache_size_limit  # there compiling ends, with a warning
     plain = StabilityGapTracker(probe_size=10, compare_heads=True)
     fit_nearest(module=NotCompiled, others=[plain], max_epochs=1, limit_val_batches=1.0)
     torch.testing.assert_close(tracker.curve.accuracies, plain.curve.accuracies, equal_nan=True)
