@@ -103,7 +103,7 @@ class StabilityGapTracker(ContinualCallback):
         self._clock: TaskClock | None = None
         self._call: ModuleCall | None = None
         self._probes = Probes()
-        self._task_of_class: Tensor | None = None
+        self._classes: list[Tensor] = []  # of each task; none where tasks share classes
         if self._provisional is not None:
             self._provisional.forget_samples()
 
@@ -128,7 +128,7 @@ class StabilityGapTracker(ContinualCallback):
         self._heads = [type(head).__name__ for head in heads]
         if self.compare_heads or not heads:
             self._heads.append("classification layer")
-        self._task_of_class = _task_of_class(self._stream.tasks)
+        self._classes = _classes_apart(self._stream.tasks)
         monitors = (str(getattr(callback, "monitor", None)) for callback in compat.callbacks_of(trainer))
         self._followed = {monitor for monitor in monitors if monitor.startswith("stability/")}
         check_followers(trainer, clock, self._followed)
@@ -270,21 +270,21 @@ class StabilityGapTracker(ContinualCallback):
         """Return the accuracy on each task and the task-recency bias."""
         if self._call is None:
             raise RuntimeError("StabilityGapTracker was asked for accuracies before training began.")
-        count = len(self.stream.tasks)
-        sums = torch.zeros(3, count, dtype=torch.int64, device=pl_module.device)  # samples, right ones, newest
-        newest = None if self._task_of_class is None else self._task_of_class.to(pl_module.device)
+        shape = len(self.stream.tasks), 2, 2
+        counts = torch.zeros(shape, dtype=torch.int64, device=pl_module.device)  # by task, right, taken for the newest
+        newest = (
+            self._classes[current].to(pl_module.device) if self._classes else torch.zeros(0, device=pl_module.device)
+        )
         for output, labels, tasks in self._probes.call(self._call):
             predicted = output.argmax(dim=1)
-            sums[0] += tasks.bincount(minlength=count)
-            sums[1] += tasks[predicted == labels].bincount(minlength=count)
-            if newest is not None:
-                known = predicted < len(newest)
-                sums[2] += tasks[known & (newest[predicted.clamp(max=len(newest) - 1)] == current)].bincount(
-                    minlength=count
-                )
-        samples, right, taken = trainer.strategy.reduce(sums, reduce_op="sum").cpu().float()
-        recency = (taken / samples)[:current].nanmean() if newest is not None else torch.tensor(torch.nan)
-        return right / samples, recency
+            taken = torch.isin(predicted, newest)
+            cells = tasks * 4 + (predicted == labels) * 2 + taken
+            counts += cells.bincount(minlength=counts.numel()).view(shape)
+        counts = trainer.strategy.reduce(counts, reduce_op="sum").cpu().float()
+        samples = counts.sum((1, 2))
+        shares = counts[:, :, 1].sum(1) / samples
+        recency = shares[:current].nanmean() if len(newest) else torch.tensor(torch.nan)
+        return counts[:, 1].sum(1) / samples, recency
 
     def _log(self, trainer: Trainer, accuracies: Tensor) -> None:
         figures = {}
@@ -295,12 +295,8 @@ class StabilityGapTracker(ContinualCallback):
             logger.log_metrics(figures, step=compat.logged_step(trainer))
 
 
-def _task_of_class(tasks: Sequence[Task]) -> Tensor | None:
-    """Return the task of each class; ``None`` where classes are unknown or come in several tasks."""
-    pairs = [(label, task.index) for task in tasks for label in task.classes or ()]
-    if not all(task.classes for task in tasks) or len(dict(pairs)) < len(pairs):
-        return None
-    found = torch.full((max(label for label, _ in pairs) + 1,), -1)
-    for label, task in pairs:
-        found[label] = task
-    return found
+def _classes_apart(tasks: Sequence[Task]) -> list[Tensor]:
+    """Return the classes of each task; nothing where some are unknown or come in several tasks."""
+    classes = [tuple(task.classes or ()) for task in tasks]
+    labels = [label for own in classes for label in own]
+    return [torch.tensor(own) for own in classes] if all(classes) and len(set(labels)) == len(labels) else []

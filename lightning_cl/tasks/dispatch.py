@@ -5,10 +5,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_cl.tasks import compat
 from lightning_cl.tasks.callback import ContinualCallback
+from lightning_cl.tasks.random_state import forked_generators
 from lightning_cl.tasks.task import Task
 
 
@@ -34,7 +34,7 @@ def send(trainer: Trainer, pl_module: LightningModule, hook: str, task: Task) ->
         module_hook(task)
     for callback in callbacks:
         if callback.observer:
-            with _profiled(trainer, callback, hook), isolate_rng():
+            with _profiled(trainer, callback, hook), forked_generators():
                 getattr(callback, hook)(trainer, pl_module, task)
     if hook == "on_task_start" and callable(module_hook):
         module_hook(task)
@@ -50,7 +50,7 @@ def is_accepted(trainer: Trainer, pl_module: LightningModule, task: Task) -> boo
     # no short cut: some callbacks communicate between ranks while they decide
     votes = []
     for callback in continual_callbacks(trainer):
-        with isolate_rng() if callback.observer else nullcontext():
+        with forked_generators() if callback.observer else nullcontext():
             votes.append(callback.accept_task(trainer, pl_module, task))
     module_vote = getattr(pl_module, "accept_task", None)
     if callable(module_vote):

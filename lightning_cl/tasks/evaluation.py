@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_cl.taps import own_outputs
 from lightning_cl.tasks import compat
 from lightning_cl.tasks.module_call import ModuleCall
+from lightning_cl.tasks.random_state import forked_generators
 from lightning_cl.tasks.sampler import Draw
 from lightning_cl.tasks.stream import DataSplit, ReplayStream
 
@@ -34,7 +34,7 @@ def evaluating(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
     pl_module.eval()
     trainer.state.stage = RunningStage.VALIDATING
     try:
-        with isolate_rng(), torch.no_grad(), precision(), _first_ranks_buffers(pl_module):
+        with forked_generators(), torch.no_grad(), precision(), _first_ranks_buffers(pl_module):
             yield
     finally:
         trainer.state.stage = stage

@@ -53,6 +53,22 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 
 @contextmanager
+def forked_generators() -> Iterator[None]:
+    """Leave all generators as they were found, as Lightning's ``isolate_rng`` does.
+
+    That one asks the driver for CUDA devices each time, which takes as long as a small network's forward, and puts
+    nothing back after an exception.
+    """
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    try:
+        with forked_cpu_generators():
+            yield
+    finally:
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
+
+
+@contextmanager
 def forked_cpu_generators() -> Iterator[None]:
     """Leave the CPU generators as they were found; cheaper than a full fork, for use around every batch."""
     torch_state = torch.default_generator.get_state()
