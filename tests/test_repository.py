@@ -22,6 +22,7 @@ ROOMS = {
     "datamodules": 3,
     "models": 3,
     "reporting": 3,
+    "exits": 2,
     "tasks": 2,
     "taps": 2,
     "memory": 1,

@@ -1,0 +1,75 @@
+"""Where a sample leaves a network with several exits."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Confidence = Literal["max_softmax", "entropy", "patience"]
+
+
+def confidence_of(logits: Tensor, confidence: Literal["max_softmax", "entropy"] = "max_softmax") -> Tensor:
+    """Compute how sure each row of logits is, from 0 to 1.
+
+    Args:
+        logits: Of shape ``(..., classes)``; a class may be ruled out with minus infinity.
+        confidence: The largest probability, or 1 less the entropy as a share of the largest possible.
+
+    Returns:
+        Of shape ``(...)``.
+
+    Example::
+
+        >>> confidence_of(torch.tensor([[0.0, 0.0], [0.0, -torch.inf]]))
+        tensor([0.5000, 1.0000])
+        >>> confidence_of(torch.tensor([[0.0, 0.0], [0.0, -torch.inf]]), "entropy")
+        tensor([0., 1.])
+    """
+    probabilities = logits.float().softmax(-1)
+    if confidence == "max_softmax":
+        return probabilities.amax(-1)
+    entropy: Tensor = torch.special.entr(probabilities).sum(-1)
+    return 1 - entropy / math.log(max(2, logits.shape[-1]))
+
+
+def patience_of(predictions: Tensor) -> Tensor:
+    """Compute how often each prediction was repeated, as a share of how often it could be (arXiv 2006.04152).
+
+    Args:
+        predictions: The class that each exit predicts, of shape ``(samples, exits)``.
+
+    Returns:
+        Of the same shape: 0 at the first exit and wherever the prediction changes, 1 at the last if all agree.
+
+    Example::
+
+        >>> patience_of(torch.tensor([[3, 3, 3], [3, 1, 1]]))
+        tensor([[0.0000, 0.5000, 1.0000],
+                [0.0000, 0.0000, 0.5000]])
+    """
+    repeats = torch.zeros_like(predictions)
+    for position in range(1, predictions.shape[1]):
+        same = predictions[:, position] == predictions[:, position - 1]
+        repeats[:, position] = (repeats[:, position - 1] + 1) * same
+    return repeats / max(1, predictions.shape[1] - 1)
+
+
+def first_confident(confidences: Tensor, threshold: float) -> Tensor:
+    """Find the exit that each sample takes: the first that is surer than the threshold, else the last.
+
+    Args:
+        confidences: Of shape ``(samples, exits)``.
+        threshold: From 0, where all leave at the first exit that is sure at all, to 1, where all go to the end.
+
+    Returns:
+        Positions of exits, of shape ``(samples,)``.
+
+    Example::
+
+        >>> first_confident(torch.tensor([[0.6, 0.9, 0.8], [0.2, 0.3, 0.4]]), threshold=0.5)
+        tensor([0, 2])
+    """
+    sure = confidences > threshold
+    sure[:, -1] = True
+    return sure.int().argmax(dim=1)
