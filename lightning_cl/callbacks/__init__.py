@@ -2,6 +2,7 @@
 
 from lightning_cl.callbacks.continual_metrics import ContinualMetrics
 from lightning_cl.callbacks.dark_experience_replay import DarkExperienceReplay
+from lightning_cl.callbacks.early_exits import EarlyExits
 from lightning_cl.callbacks.nearest_mean_classifier import NearestMeanClassifier
 from lightning_cl.callbacks.replay import Replay
 from lightning_cl.callbacks.stability_gap_tracker import StabilityGapTracker
@@ -11,6 +12,7 @@ from lightning_cl.tasks.early_stopping import TaskEarlyStopping
 __all__ = [
     "ContinualMetrics",
     "DarkExperienceReplay",
+    "EarlyExits",
     "NearestMeanClassifier",
     "Replay",
     "StabilityGapTracker",

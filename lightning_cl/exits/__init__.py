@@ -1,10 +1,12 @@
-"""Exits inside a network: where they can stand, and how samples leave there."""
+"""Exits inside a network: where they can stand, what they cost, and how samples leave there."""
 
 from lightning_cl.exits.hooks import ExitHooks, LayersAtRest
+from lightning_cl.exits.network import ExitNetwork
 from lightning_cl.exits.points import ExitPoint, find_exit_points, flops_until, layers_after, layers_matching
 
 __all__ = [
     "ExitHooks",
+    "ExitNetwork",
     "ExitPoint",
     "LayersAtRest",
     "find_exit_points",

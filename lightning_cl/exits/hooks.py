@@ -1,8 +1,10 @@
 """Heads that answer inside a network, and rows that leave a batch there."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from functools import update_wrapper
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +12,6 @@ from torch import Tensor, nn
 from lightning_cl.exits.points import ExitPoint
 from lightning_cl.heads.exit_rules import Confidence, confidence_of, patience_of
 from lightning_cl.taps import layer_named
-
-Part = Literal["all", "network", "heads"]
 
 
 class ExitHooks:
@@ -31,6 +31,7 @@ class ExitHooks:
         threshold: How sure an exit must be for a sample to leave there; ``None`` where all go to the end.
         confidence: What sure means.
         detached: Whether heads train on features without a gradient to the network.
+        silent: Whether heads say nothing while the network trains.
         removes_rows: Whether rows leave the batch, or go to the end and take the answer of their exit with them.
         logits: What each exit said of the last batch, the classification layer last; in training and `collecting`.
         taken: The exit that each row of the last batch took, in eval mode with a threshold.
@@ -52,6 +53,7 @@ class ExitHooks:
         self.threshold: float | None = None
         self.confidence: Confidence = "max_softmax"
         self.detached = False
+        self.silent = False
         self.removes_rows = True
         self.logits: list[Tensor] = []
         self.taken: Tensor | None = None
@@ -62,11 +64,9 @@ class ExitHooks:
         self._rows: Tensor | None = None  # the rows of the batch that are still in the network
         self._left: list[tuple[Tensor, Tensor]] = []  # rows that left, and their logits
         self._predictions: list[Tensor] = []  # of the rows that are still there, by exit
-        self._handles = [
-            layer_named(root, point.layer).register_forward_hook(self._at(position))
-            for position, point in enumerate(points)
-        ]
-        self._handles.append(layer_named(root, classifier).register_forward_hook(self._at_end))
+        self._layers = [layer_named(root, name) for name in (*(point.layer for point in points), classifier)]
+        hooks = [*(self._at(position) for position in range(len(points))), self._at_end]
+        self._handles = [layer.register_forward_hook(hook) for layer, hook in zip(self._layers, hooks, strict=True)]
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -98,18 +98,27 @@ class ExitHooks:
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def hook(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+            if layer is not self._layers[position]:  # a copy of the network, which has no exits
+                return None
             if position == 0:  # a new batch
                 self.logits, self._left, self._predictions = [], [], []
                 self._rows = self.taken = None
             if self._looks:
-                features = output.detach() if self.detached else output
-                self.logits.append(head(features.clone() if point.written_over else features))
+                if not (self.silent and self._root.training):
+                    self.logits.append(self._heard(head, output, point))
                 return None
             if self.threshold is None or len(output) == 0:
                 return None
             return self._let_go(output, head(output), position, self.threshold)
 
         return hook  # type: ignore[no-any-return]
+
+    def _heard(self, head: nn.Module, output: Tensor, point: ExitPoint) -> Tensor:
+        features = output.clone() if point.written_over else output
+        if not self.detached:
+            return head(features)  # type: ignore[no-any-return]
+        with torch.set_grad_enabled(self._root.training):  # the network may stand still
+            return head(features.detach())  # type: ignore[no-any-return]
 
     def _let_go(self, output: Tensor, logits: Tensor, position: int, threshold: float) -> Tensor | None:
         """Take down who leaves, and return the rows that stay; ``None`` if all do."""
@@ -138,6 +147,8 @@ class ExitHooks:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _at_end(self, layer: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+        if layer is not self._layers[-1]:
+            return None
         if self._looks:
             self.logits.append(output)
             return None
@@ -163,7 +174,7 @@ class LayersAtRest:
     def __init__(self, root: nn.Module, shapes: dict[str, tuple[int, ...]], hooks: ExitHooks) -> None:
         self._layers = [layer_named(root, name) for name in shapes]
         for layer, shape in zip(self._layers, shapes.values(), strict=True):
-            layer.forward = _resting(layer.forward, shape, hooks)
+            layer.forward = _Resting(layer.forward, shape, hooks)
 
     def remove(self) -> None:
         """Let them compute again."""
@@ -172,10 +183,19 @@ class LayersAtRest:
         self._layers = []
 
 
-def _resting(forward: Callable[..., Any], shape: tuple[int, ...], hooks: ExitHooks) -> Callable[..., Any]:
-    def compute(*inputs: Any, **named: Any) -> Any:
-        if hooks.nobody_left and inputs and isinstance(inputs[0], Tensor):
-            return inputs[0].new_empty(0, *shape)
-        return forward(*inputs, **named)
+class _Resting:
+    """A layer's ``forward`` that knows when it has nothing to do; a copy of the layer has its own again."""
 
-    return compute
+    def __init__(self, forward: Callable[..., Any], shape: tuple[int, ...], hooks: ExitHooks) -> None:
+        self._forward = forward
+        self._shape = shape
+        self._hooks = hooks
+        update_wrapper(self, forward)
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        if self._hooks.nobody_left and inputs and isinstance(inputs[0], Tensor):
+            return inputs[0].new_empty(0, *self._shape)
+        return self._forward(*inputs, **named)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self._forward, memo)

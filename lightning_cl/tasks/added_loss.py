@@ -45,7 +45,8 @@ class LossTerms:
         self._pl_module = pl_module
         self._callbacks = [c for c in callbacks if type(c).training_loss is not ContinualCallback.training_loss]
         changed = ContinualCallback.around_training_step
-        self._around = [c for c in callbacks if type(c).around_training_step is not changed]
+        around = [c for c in callbacks if type(c).around_training_step is not changed]
+        self._around = sorted(around, key=lambda c: not c.acts_innermost)
         self.was_asked = False
 
     def attach(self, overrides: InstanceOverrides) -> None:

@@ -16,7 +16,8 @@ class ContinualCallback(Callback):
     In a stream the hooks come for every task. In an ordinary fit, without a task sequence, the whole fit is one task.
     A *behaviour* changes training or prediction; an *observer* (``observer = True``) only measures: its task hooks come
     after those of all behaviours, with the random state put back after them. A behaviour that reads what others commit
-    at a task's end, such as a memory, says ``commits_late = True`` and comes after them.
+    at a task's end, such as a memory, says ``commits_late = True`` and comes after them. One whose
+    ``around_training_step`` reads the very batch that the module gets says ``acts_innermost = True``.
 
     Example::
 
@@ -28,6 +29,7 @@ class ContinualCallback(Callback):
 
     observer: bool = False
     commits_late: bool = False
+    acts_innermost: bool = False
 
     @property
     def is_active(self) -> bool:

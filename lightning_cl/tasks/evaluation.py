@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_cl.taps import own_outputs
@@ -28,18 +28,32 @@ def evaluating(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
     ``trainer.validating`` is true, so that a DataModule's hooks do not augment. Under DDP all ranks use the buffers of
     the first, as DDP does when it validates.
     """
-    modes = [(module, module.training) for module in pl_module.modules()]
-    stage = trainer.state.stage
     precision = trainer.precision_plugin.forward_context
+    with held_still(trainer, pl_module), precision():
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for buffer in pl_module.buffers():
+                if buffer.numel() > 0:
+                    torch.distributed.broadcast(buffer.data, src=0)
+        yield
+
+
+@contextmanager
+def held_still(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """Do what `evaluating` does on one rank and in the module's own precision, for use before training is set up."""
+    modes = [(module, module.training) for module in pl_module.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in pl_module.buffers() if buffer.numel() > 0]
+    stage = trainer.state.stage
     pl_module.eval()
     trainer.state.stage = RunningStage.VALIDATING
     try:
-        with forked_generators(), torch.no_grad(), precision(), _first_ranks_buffers(pl_module):
+        with forked_generators(), torch.no_grad():
             yield
     finally:
         trainer.state.stage = stage
         for module, training in modes:
             module.training = training
+        for buffer, values in buffers:
+            buffer.data.copy_(values)
 
 
 def device_batches(
@@ -155,17 +169,3 @@ def gather_rows(trainer: Trainer, ids: Tensor, rows: Tensor) -> tuple[Tensor, Te
     if trainer.world_size > 1:
         ids, rows = (torch.cat(gather_all_tensors(part)) for part in (ids.to(rows.device), rows.contiguous()))
     return ids.cpu(), rows.cpu()
-
-
-@contextmanager
-def _first_ranks_buffers(module: nn.Module) -> Iterator[None]:
-    buffers = [buffer for buffer in module.buffers() if buffer.numel() > 0]
-    own: list[Tensor] = [buffer.detach().clone() for buffer in buffers]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for buffer in buffers:
-            torch.distributed.broadcast(buffer.data, src=0)
-    try:
-        yield
-    finally:
-        for buffer, values in zip(buffers, own, strict=True):
-            buffer.data.copy_(values)

@@ -1,0 +1,177 @@
+"""The exits of one module as a whole: built by a dry run, put on, taken off, and made again from what was saved."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_cl.exits.hooks import ExitHooks, LayersAtRest
+from lightning_cl.exits.points import (
+    ExitPoint,
+    Run,
+    find_exit_points,
+    flops_until,
+    layers_after,
+    layers_matching,
+)
+from lightning_cl.heads.exit_heads import ExitHeadKind, build_exit_head
+
+ATTRIBUTE = "early_exits"
+
+
+class ExitNetwork:
+    """Exit heads for the layers of a module.
+
+    Args:
+        spec: What was found out about the module, in plain numbers and names, as `find` does.
+        head: The kind of head, or a module to copy.
+
+    Attributes:
+        heads: One head for each exit, in the order in which a sample meets them.
+        hooks: What lets them answer, while they are on a module.
+    """
+
+    def __init__(self, spec: dict[str, Any], head: ExitHeadKind | nn.Module) -> None:
+        self.spec = spec
+        self.hooks: ExitHooks | None = None
+        self.heads = nn.ModuleList(
+            build_exit_head(head, torch.zeros(2, *shape), spec["num_classes"], seed)
+            for seed, shape in enumerate(spec["shapes"])
+        )
+        self._root: nn.Module | None = None
+        self._rest: LayersAtRest | None = None
+
+    @classmethod
+    def find(
+        cls,
+        root: nn.Module,
+        layers: Sequence[str],
+        classifier: str,
+        run: Run,
+        samples: int,
+        head: ExitHeadKind | nn.Module,
+    ) -> "ExitNetwork":
+        """Find out by dry runs where the exits of a module stand and what they cost; for use in eval mode.
+
+        Args:
+            root: The module.
+            layers: Patterns of layer names.
+            classifier: Name of the classification layer.
+            run: Calls the module on a batch.
+            samples: Rows of that batch.
+            head: The kind of head, or a module to copy.
+
+        Raises:
+            ValueError: If a layer cannot have an exit, or its head gives no logits.
+        """
+        logits = _answers(root, classifier, run)
+        if logits.dim() != 2:
+            raise ValueError(
+                f"{classifier!r} puts out {tuple(logits.shape)}; exits need logits of shape (batch, classes)."
+            )
+        points = find_exit_points(root, layers_matching(root, layers), classifier, run, samples)
+        until, total = flops_until(root, [point.layer for point in points], run)
+        spec = {
+            "layers": [point.layer for point in points],
+            "shapes": [list(point.features.shape[1:]) for point in points],
+            "written_over": [point.written_over for point in points],
+            "classifier": classifier,
+            "num_classes": logits.shape[1],
+            "rest": {name: list(shape) for name, shape in layers_after(root, points[0].layer, classifier, run).items()},
+        }
+        network = cls(spec, head)
+        spec["costs"] = network._costs([until[point.layer] for point in points], total, samples)
+        spec["mixing_layer"] = network._layer_that_mixes_rows(root, run, samples)
+        return network
+
+    @property
+    def costs(self) -> Tensor:
+        """What a sample costs that leaves at each exit, and at the end, as a share of the module without exits."""
+        return torch.tensor(self.spec["costs"])
+
+    @property
+    def mixing_layer(self) -> str | None:
+        """The first exit where rows cannot leave the batch, since later answers depend on them."""
+        found: str | None = self.spec["mixing_layer"]
+        return found
+
+    def attach(self, root: nn.Module) -> None:
+        """Put heads and hooks on a module."""
+        root.add_module(ATTRIBUTE, self.heads)
+        points = [
+            ExitPoint(layer, torch.zeros(0, *shape), written_over)
+            for layer, shape, written_over in zip(
+                self.spec["layers"], self.spec["shapes"], self.spec["written_over"], strict=True
+            )
+        ]
+        self._root = root
+        self.hooks = ExitHooks(root, points, list(self.heads), self.spec["classifier"])
+        self.hooks.removes_rows = self.mixing_layer is None
+        shapes = {name: tuple(shape) for name, shape in self.spec["rest"].items()}
+        self._rest = LayersAtRest(root, shapes, self.hooks)
+
+    def detach(self) -> None:
+        """Take heads and hooks off."""
+        if self._root is None or self.hooks is None or self._rest is None:
+            return
+        self._rest.remove()
+        self.hooks.remove()
+        delattr(self._root, ATTRIBUTE)
+        self._root = self.hooks = self._rest = None
+
+    def _costs(self, until: Sequence[int], total: int, samples: int) -> list[float]:
+        """Count the operations up to each exit with all heads until there."""
+        heads, costs = 0, []
+        for flops, head, shape in zip(until, self.heads, self.spec["shapes"], strict=True):
+            heads += flops_until(head, [], lambda h=head, s=shape: h.eval()(torch.zeros(samples, *s)))[1]  # type: ignore[misc]
+            head.train()
+            costs.append((flops + heads) / total)
+        return [*costs, 1 + heads / total]
+
+    def _layer_that_mixes_rows(self, root: nn.Module, run: Run, samples: int) -> str | None:
+        """Return the first exit whose leaving rows change the answers of others, or that stops the module."""
+        whole = _answers(root, self.spec["classifier"], run)
+        leaving = torch.arange(samples) % 2 == 0
+        for layer, shape in zip(self.spec["layers"], self.spec["shapes"], strict=True):
+            hooks = _Forced(root, ExitPoint(layer, torch.zeros(0, *shape), False), self.spec, leaving)
+            try:
+                answers = _answers(root, self.spec["classifier"], run)
+            except Exception:  # whatever a module does with the wrong number of rows
+                return str(layer)
+            finally:
+                hooks.remove()
+            stayed = whole[~leaving.to(whole.device)]
+            tolerance = 1e-3 * float(whole.abs().max()) + 1e-6
+            if answers.shape != stayed.shape or not torch.allclose(answers, stayed, rtol=1e-3, atol=tolerance):
+                return str(layer)
+        return None
+
+
+class _Forced(ExitHooks):
+    """Lets the same rows leave, however sure the exit is."""
+
+    def __init__(self, root: nn.Module, point: ExitPoint, spec: dict[str, Any], leaving: Tensor) -> None:
+        self._leaving = leaving
+        logits = nn.Module()
+        logits.forward = lambda features: features.new_zeros(len(features), spec["num_classes"])
+        super().__init__(root, [point], [logits], spec["classifier"])
+        self.threshold = 0.5
+
+    def _confidences(self, logits: Tensor, position: int) -> Tensor:
+        return self._leaving.to(logits.device).float()
+
+
+def _answers(root: nn.Module, classifier: str, run: Callable[[], Any]) -> Tensor:
+    """Return what the classification layer puts out, before rows that left are put back."""
+    kept: list[Tensor] = []
+
+    def keep(layer: nn.Module, inputs: Any, output: Tensor) -> None:
+        kept.append(output.detach())
+
+    handle = root.get_submodule(classifier).register_forward_hook(keep, prepend=True)
+    try:
+        run()
+    finally:
+        handle.remove()
+    return kept[-1].float()

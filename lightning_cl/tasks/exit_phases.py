@@ -1,0 +1,100 @@
+"""Which parts of a network with exits are trained in which epoch of a task (arXiv 2407.14320)."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+Regime = Literal["disjoint", "joint", "mixed"]
+Phase = Literal["network", "all", "heads"]
+
+_PHASES: dict[Regime, tuple[Phase, ...]] = {
+    "disjoint": ("network", "heads"),
+    "joint": ("all",),
+    "mixed": ("network", "all"),
+}
+
+
+class PhasePlan:
+    """The phases of each task.
+
+    Args:
+        regime: "joint" trains the network and all heads; "mixed" the network alone before; "disjoint" the network
+            alone and then the heads alone.
+        epochs: Epochs of each phase; halves of the task's, the larger one first, if ``None``.
+
+    Example::
+
+        >>> plan = PhasePlan("mixed", None)
+        >>> [plan.phase(epoch, planned=3) for epoch in range(3)]
+        ['network', 'network', 'all']
+    """
+
+    def __init__(self, regime: Regime, epochs: Sequence[int] | None) -> None:
+        self.regime = regime
+        self.phases = _PHASES[regime]
+        self.epochs = epochs
+        if epochs is not None and (len(epochs) != len(self.phases) or any(count < 1 for count in epochs)):
+            raise ValueError(
+                f"`phase_epochs` must have {len(self.phases)} numbers from 1 for `regime={regime!r}`, one for each of"
+                f" {', '.join(map(repr, self.phases))}, got {list(epochs)}."
+            )
+
+    def check(self, task: int, planned: int) -> None:
+        """Refuse a task whose epochs do not fit the phases.
+
+        Args:
+            task: The task.
+            planned: Its epochs; -1 if they are unknown.
+
+        Raises:
+            MisconfigurationException: If they do not, saying what does.
+        """
+        if len(self.phases) == 1 and self.epochs is None:
+            return
+        if self.epochs is not None:
+            if planned not in (-1, sum(self.epochs)):
+                raise MisconfigurationException(
+                    f"`phase_epochs={list(self.epochs)}` adds up to {sum(self.epochs)} epochs, and task {task} has"
+                    f" {planned}."
+                )
+        elif planned == -1:
+            raise MisconfigurationException(
+                f"`regime={self.regime!r}` trains in phases, and the epochs of task {task} are unknown. Say how long"
+                " the phases are, as in `phase_epochs=[5, 5]`, or `regime='joint'`."
+            )
+        elif planned < len(self.phases):
+            raise MisconfigurationException(
+                f"`regime={self.regime!r}` needs {len(self.phases)} epochs, one for each phase, and task {task} has"
+                f" {planned}. Say `regime='joint'`, or more epochs."
+            )
+
+    def phase(self, epoch: int, planned: int) -> Phase:
+        """Return the phase of an epoch of a task."""
+        if len(self.phases) == 1:
+            return self.phases[0]
+        first = (planned + 1) // 2 if self.epochs is None else self.epochs[0]
+        return self.phases[epoch >= first]
+
+
+def depth_weights(exits: int, epoch: int, planned: int) -> list[float]:
+    """Return the loss weights of Shallow-Deep Networks (arXiv 1810.07052), which grow with the epochs.
+
+    Args:
+        exits: How many there are before the network's own head.
+        epoch: Epochs of the task that are over.
+        planned: Epochs of the task.
+
+    Returns:
+        One for each exit, and 1 for the network's own head.
+
+    Example::
+
+        >>> depth_weights(exits=6, epoch=0, planned=200)
+        [0.01, 0.01, 0.01, 0.01, 0.01, 0.01, 1.0]
+        >>> [round(weight, 2) for weight in depth_weights(exits=6, epoch=199, planned=200)]
+        [0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0]
+    """
+    progress = 1.0 if planned < 2 else min(1.0, epoch / (planned - 1))
+    ends = [0.9 * (position + 1) / exits for position in range(exits)]
+    return [*(0.01 + progress * (end - 0.01) for end in ends), 1.0]
