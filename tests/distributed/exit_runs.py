@@ -1,0 +1,73 @@
+"""Streams with early exits that the distributed tests run in processes of their own."""
+
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from torch import Tensor
+
+from lightning_cl.callbacks import ContinualMetrics, EarlyExits, Replay
+from lightning_cl.datamodules import ClassIncremental
+from lightning_cl.tasks.exit_phases import Regime
+from tests.distributed.replay_runs import GLOBAL_BATCH
+from tests.distributed.runs import DigitsOfSize, Net
+
+
+@dataclass(frozen=True)
+class Run:
+    """A stream of five tasks, two epochs each, with an exit after the first layer."""
+
+    regime: Regime
+    net: type[LightningModule] = Net
+    per_class: int = 24  # 48 samples a task: three batches of 16
+
+
+class Epochs(Callback):
+    """Note the weights at the end of each epoch."""
+
+    def __init__(self) -> None:
+        self.states: list[dict[str, Tensor]] = []
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.states.append({name: value.clone() for name, value in pl_module.state_dict().items()})
+
+
+def run_all(ranks: int, runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Run streams one after another and return what this rank saw of each."""
+    warnings.simplefilter("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return [_run(ranks, run) for run in runs]
+
+
+def _run(ranks: int, run: Run) -> dict[str, Any]:
+    seed_everything(1, verbose=False)
+    data = DigitsOfSize(run.per_class, batch_size=GLOBAL_BATCH // ranks)
+    exits, metrics, epochs = (
+        EarlyExits(["layer.1"], run.regime, threshold=0.5),
+        ContinualMetrics(print_table=False),
+        Epochs(),
+    )
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=ranks,
+        strategy="ddp" if ranks > 1 else "auto",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        callbacks=[Replay(30), exits, metrics, epochs],
+    )
+    net = run.net()
+    trainer.fit(net, datamodule=ClassIncremental(data, num_tasks=5, epochs_per_task=2))
+    return {
+        "epochs": epochs.states,
+        "heads": exits.state_dict()["heads"],
+        "matrix": metrics.matrix,
+        "weights": {name: value.clone() for name, value in net.state_dict().items()},
+        "modes": [layer.training for layer in net.modules()],
+    }
