@@ -1,19 +1,15 @@
 """Exits inside the network: heads that are trained with it, and samples that leave early."""
 
 import copy
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
-import torch
-import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -22,18 +18,12 @@ from lightning_cl.exits import ExitHooks, ExitNetwork
 from lightning_cl.exits.network import ATTRIBUTE
 from lightning_cl.heads.exit_heads import ExitHeadKind
 from lightning_cl.heads.exit_rules import Confidence
-from lightning_cl.taps import find_head
 from lightning_cl.tasks import ContinualCallback, TaskClock
-from lightning_cl.tasks.batches import as_labels
-from lightning_cl.tasks.evaluation import held_still, sample_batches
-from lightning_cl.tasks.exit_phases import Phase, PhasePlan, Regime, depth_weights
-from lightning_cl.tasks.module_call import ModuleCall
+from lightning_cl.tasks.exit_phases import PhasePlan, Regime
+from lightning_cl.tasks.exit_search import find_exits
+from lightning_cl.tasks.exit_training import ExitTraining, LossWeights
 from lightning_cl.tasks.overrides import InstanceOverrides
 from lightning_cl.tasks.stream import ReplayStream
-
-LossWeights = Literal["uniform", "sdn"] | list[float]
-
-_TRIED = 8  # samples of the dry run
 
 
 class EarlyExits(ContinualCallback):
@@ -97,10 +87,9 @@ class EarlyExits(ContinualCallback):
         self.network: ExitNetwork | None = None
         self._answers = False  # once heads have been trained
         self._overrides = InstanceOverrides()
-        self._phase: Phase = "all"
+        self._training: ExitTraining | None = None
         self._clock: TaskClock | None = None
         self._stream: ReplayStream | None = None
-        self._modes: dict[nn.Module, bool] = {}
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -148,32 +137,13 @@ class EarlyExits(ContinualCallback):
         self.network, self._answers = None, False
 
     def _build(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        stream = self.stream
-        task = stream.current_task.index
-        try:
-            stream.check_labels(task)
-            classifier = find_head(pl_module, stream.num_classes, self.classifier)
-            with held_still(trainer, pl_module):
-                few = torch.arange(min(_TRIED, stream.samples_of(task) or 0))
-                _, batch = next(sample_batches(trainer, pl_module, stream, task, few, every_rank=True))
-                # the module is where its layers were made, and has not been converted yet
-                batch = apply_to_collection(batch, Tensor, lambda tensor: _as_in(tensor, pl_module))
-                call = ModuleCall.find(pl_module, batch, stream.structure, stream.num_classes, head=classifier)
-                rows = len(as_labels(stream.structure.find_targets(batch)))
-                run = partial(call, batch)
-                self.network = ExitNetwork.find(pl_module, self.layers, classifier, run, rows, self.head)
-        except ValueError as error:
-            raise MisconfigurationException(f"EarlyExits: {error}") from None
-        exits = len(self.network.heads)
-        if self.confidence == "patience" and exits < 2:
+        network = find_exits(trainer, pl_module, self.stream, self.layers, self.head, self.classifier)
+        if self.confidence == "patience" and len(network.heads) < 2:
             raise MisconfigurationException(
                 "`confidence='patience'` waits for predictions that repeat and needs at least 2 exits, got 1."
             )
-        if not isinstance(self.loss_weights, str) and len(self.loss_weights) != exits + 1:
-            raise MisconfigurationException(
-                f"`loss_weights` must have {exits + 1} numbers, one for each of {exits} exits and one for the network's"
-                f" own head, got {len(self.loss_weights)}."
-            )
+        self.network = network
+        self._training = ExitTraining(self.plan, self.loss_weights, network)
         self._put_on(pl_module)
 
     def _put_on(self, pl_module: LightningModule) -> None:
@@ -220,41 +190,18 @@ class EarlyExits(ContinualCallback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trained = {
-            id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]
-        }
-        if any(id(parameter) not in trained for parameter in self.heads.parameters()):
-            raise MisconfigurationException(
-                f"`configure_optimizers` leaves out the exit heads, which are in {ATTRIBUTE!r} of the module. Build the"
-                " optimizer from `self.parameters()`."
-            )
-        self._enter_phase(pl_module)
+        self.training.check_optimizers(trainer.optimizers)
+        self._enter_epoch(pl_module)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._enter_phase(pl_module)
+        self._enter_epoch(pl_module)
 
-    def _enter_phase(self, pl_module: LightningModule) -> None:
-        self._phase = self.plan.phase(self.clock.progress.epochs, self.clock.planned_epochs)
-        self.hooks.silent = self._phase == "network"
-        self.hooks.detached = self._phase == "heads"
-        if self._phase != "network":
+    def _enter_epoch(self, pl_module: LightningModule) -> None:
+        self.training.enter(pl_module, self.hooks, self.clock.progress.epochs, self.clock.planned_epochs)
+        if self.training.phase != "network":
             self._answers = True
             self.hooks.threshold = self.threshold
-        if self._phase != "heads":
-            self._wake()
-        elif not self._modes:
-            heads = set(self.heads.modules())
-            still = [module for module in pl_module.modules() if module is not pl_module and module not in heads]
-            self._modes = {module: module.training for module in still}
-            for module in still:
-                module.training = False
-
-    def _wake(self) -> None:
-        """Put the network's layers back into the modes that they had before it stood still."""
-        for module, training in self._modes.items():
-            module.training = training
-        self._modes = {}
 
     @override
     def around_training_step(
@@ -265,53 +212,15 @@ class EarlyExits(ContinualCallback):
         batch_idx: int,
         step: Callable[[Any], Any],
     ) -> Any:
-        if self._phase == "network":
-            return _with_loss(step(batch), partial(_tied_to, self.heads, trainer))
-        with torch.no_grad() if self._phase == "heads" else nullcontext():
-            outputs = step(batch)
-        logits = self.hooks.logits[:-1]
-        targets = as_labels(self.stream.structure.find_targets(batch))
-        if not logits or len(logits[0]) != len(targets):
-            raise ValueError(
-                f"The exits of EarlyExits saw {len(logits[0]) if logits else 'no'} rows in a step of {len(targets)}"
-                " samples. `training_step` must call the network once, with a row for each sample of its batch."
-            )
-        weights = self._weights(len(logits))
-
-        def add(own: Tensor) -> Tensor:
-            reduction = "mean" if own.numel() == 1 else "none"
-            losses = [F.cross_entropy(exit_, targets, reduction=reduction) for exit_ in logits]
-            added = torch.stack([weight * loss for weight, loss in zip(weights, losses, strict=False)]).sum(0)
-            pl_module.log("loss/early_exits", added.detach().mean(), batch_size=1)
-            if self._phase == "heads":
-                network = [p for p in pl_module.parameters() if p.requires_grad]
-                return _tied_to(network, trainer, added)
-            return weights[-1] * own + added
-
-        return _with_loss(outputs, add)
-
-    def _weights(self, exits: int) -> list[float]:
-        if self.loss_weights == "sdn":
-            return depth_weights(exits, self.clock.progress.epochs, self.clock.planned_epochs)
-        if self.loss_weights == "uniform":
-            heads = exits + (self._phase != "heads")
-            return [1 / heads] * (exits + 1)
-        return list(self.loss_weights)
+        return self.training.step(trainer, pl_module, self.hooks, self.stream.structure, batch, step)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Let what the phase does not train have no gradient: weight decay and momentum would move it else."""
-        if self._phase == "all":
-            return
-        heads = {id(parameter) for parameter in self.heads.parameters()}
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if (id(parameter) in heads) == (self._phase == "network"):
-                    parameter.grad = None
+        self.training.drop_gradients(optimizer)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._wake()
+        self.training.wake()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -322,11 +231,12 @@ class EarlyExits(ContinualCallback):
         self._take_off()
 
     def _take_off(self) -> None:
-        self._wake()
         self._overrides.undo()
+        if self._training is not None:
+            self._training.wake()
         if self.network is not None:
             self.network.detach()
-        self._stream = self._clock = None
+        self._stream = self._clock = self._training = None
 
     @property
     def stream(self) -> ReplayStream:
@@ -341,6 +251,13 @@ class EarlyExits(ContinualCallback):
         if self._clock is None:
             raise RuntimeError("EarlyExits was asked outside a fit.")
         return self._clock
+
+    @property
+    def training(self) -> ExitTraining:
+        """How the heads are trained in the running fit."""
+        if self._training is None:
+            raise RuntimeError("EarlyExits was asked outside a fit.")
+        return self._training
 
     @property
     def heads(self) -> nn.ModuleList:
@@ -375,25 +292,3 @@ class EarlyExits(ContinualCallback):
         self._answers = state_dict["answers"]
         if self.network.hooks is not None:
             self.hooks.threshold = self.threshold if self._answers else None
-
-
-def _as_in(tensor: Tensor, pl_module: LightningModule) -> Tensor:
-    dtype = pl_module.dtype if tensor.is_floating_point() else tensor.dtype
-    return tensor.to(device=pl_module.device, dtype=dtype)  # type: ignore[arg-type]
-
-
-def _with_loss(outputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Change the loss in what a training step returned; one that skips its batch returned nothing."""
-    if isinstance(outputs, Tensor):
-        return change(outputs)
-    if isinstance(outputs, dict) and isinstance(outputs.get("loss"), Tensor):
-        return {**outputs, "loss": change(outputs["loss"])}
-    return outputs
-
-
-def _tied_to(parameters: nn.Module | Sequence[nn.Parameter], trainer: Trainer, loss: Tensor) -> Tensor:
-    """Return a loss of the same value that DDP finds these parameters in, which have no part in it."""
-    if trainer.world_size == 1:
-        return loss
-    found = parameters.parameters() if isinstance(parameters, nn.Module) else parameters
-    return loss + sum(0 * parameter.sum() for parameter in found)

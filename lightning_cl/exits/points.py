@@ -63,6 +63,8 @@ def find_exit_points(
     Raises:
         ValueError: If a layer cannot have an exit, saying why.
     """
+    if classifier in layers:
+        raise ValueError(f"`layers`: {classifier!r} is the classification layer, which every sample reaches anyway.")
     calls: list[tuple[str, Any, int]] = []
 
     def note(name: str) -> Callable[..., None]:

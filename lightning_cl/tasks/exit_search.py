@@ -1,0 +1,63 @@
+"""Find the exits of a module before it is set up for training."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+from lightning_cl.exits import ExitNetwork
+from lightning_cl.heads.exit_heads import ExitHeadKind
+from lightning_cl.taps import find_head
+from lightning_cl.tasks.batches import as_labels
+from lightning_cl.tasks.evaluation import held_still, sample_batches
+from lightning_cl.tasks.module_call import ModuleCall
+from lightning_cl.tasks.stream import ReplayStream
+
+_SAMPLES = 8
+
+
+def find_exits(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    stream: ReplayStream,
+    layers: Sequence[str],
+    head: ExitHeadKind | nn.Module,
+    classifier: str | None,
+) -> ExitNetwork:
+    """Try a module on a few samples, and return its exits with heads for them.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: The module, where its layers were made.
+        stream: The tasks.
+        layers: Patterns of layer names.
+        head: The kind of head, or a module to copy.
+        classifier: Name of the classification layer; found by its number of outputs if ``None``.
+
+    Raises:
+        MisconfigurationException: If the module cannot have them, saying why.
+    """
+    task = stream.current_task.index
+    few = torch.arange(min(_SAMPLES, stream.samples_of(task) or 0))
+    try:
+        stream.check_labels(task)
+        found = find_head(pl_module, stream.num_classes, classifier)
+        with held_still(trainer, pl_module):
+            _, batch = next(sample_batches(trainer, pl_module, stream, task, few, every_rank=True))
+            batch = apply_to_collection(batch, Tensor, partial(_as_parameters, pl_module))
+            call = ModuleCall.find(pl_module, batch, stream.structure, stream.num_classes, head=found)
+            rows = len(as_labels(stream.structure.find_targets(batch)))
+            return ExitNetwork.find(pl_module, layers, found, partial(call, batch), rows, head)
+    except ValueError as error:
+        raise MisconfigurationException(f"EarlyExits: {error}") from None
+
+
+def _as_parameters(pl_module: LightningModule, tensor: Tensor) -> Tensor:
+    """Bring a tensor to the parameters, which are not on the device of the fit yet, nor in its precision."""
+    if tensor.is_floating_point():
+        return tensor.to(device=pl_module.device, dtype=pl_module.dtype)  # type: ignore[arg-type]
+    return tensor.to(pl_module.device)
