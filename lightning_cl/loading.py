@@ -1,5 +1,6 @@
 """A module out of a checkpoint, with the head that its run learnt."""
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,7 +10,9 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
-import lightning_cl.callbacks  # noqa: F401  so that their states are known
+from lightning_cl.callbacks import EarlyExits
+from lightning_cl.exits import ExitNetwork
+from lightning_cl.exits.network import ATTRIBUTE
 from lightning_cl.tasks.head import HeadCallback
 
 Module = TypeVar("Module", bound=LightningModule)
@@ -19,7 +22,8 @@ def load(checkpoint: str | Path, module_class: type[Module], weights_only: bool 
     """Return a module that predicts as the run of a checkpoint did at its end, without a Trainer.
 
     A head that stood in for the classification layer, such as that of `NearestMeanClassifier`, takes the layer's place
-    in the module, so that ``predict_step``, TorchScript and ONNX export use it.
+    in the module, so that ``predict_step``, TorchScript and ONNX export use it. The exits of `EarlyExits` are in the
+    module's ``early_exits``, and samples leave there as they did in the run.
 
     Args:
         checkpoint: A checkpoint of a fit.
@@ -36,8 +40,11 @@ def load(checkpoint: str | Path, module_class: type[Module], weights_only: bool 
         scores = module(images)
     """
     trusted: dict[str, Any] = {} if weights_only else {"weights_only": False}
-    module = module_class.load_from_checkpoint(checkpoint, map_location="cpu", **trusted, **arguments)
-    states = torch.load(checkpoint, map_location="cpu", weights_only=weights_only).get("callbacks")
+    content = torch.load(checkpoint, map_location="cpu", weights_only=weights_only)
+    exits = {name: tensor for name, tensor in content["state_dict"].items() if name.startswith(f"{ATTRIBUTE}.")}
+    source: Any = _without(content, exits) if exits else checkpoint
+    module = module_class.load_from_checkpoint(source, map_location="cpu", **trusted, **arguments)
+    states = content.get("callbacks")
     if states is None:
         rank_zero_warn(
             "The checkpoint holds weights only, so a head that the run learnt is not in it and the classification layer"
@@ -49,7 +56,32 @@ def load(checkpoint: str | Path, module_class: type[Module], weights_only: bool 
         head = None if state is None else kind.build(state)
         if head is not None:
             _replace(module, module.get_submodule(state["layer"]), head)
+    if states.get(EarlyExits.__qualname__):
+        _attach_exits(module, states[EarlyExits.__qualname__], exits)
     return module.eval()
+
+
+def _without(content: dict[str, Any], names: dict[str, Any]) -> io.BytesIO:
+    """Return a checkpoint that has no weights of these names."""
+    kept = {name: tensor for name, tensor in content["state_dict"].items() if name not in names}
+    file = io.BytesIO()
+    torch.save({**content, "state_dict": kept}, file)
+    file.seek(0)
+    return file
+
+
+def _attach_exits(module: nn.Module, state: dict[str, Any], saved: dict[str, Any]) -> None:
+    spec = state["spec"]
+    if spec["head"] is None:
+        raise ValueError(
+            "The checkpoint has exit heads of the user's own class, which it does not hold. Predict with"
+            " `trainer.predict(module, ckpt_path=...)` and an EarlyExits that has the same `head`."
+        )
+    network = ExitNetwork(spec, spec["head"])
+    weights = {name.removeprefix(f"{ATTRIBUTE}."): tensor for name, tensor in saved.items()}
+    network.heads.load_state_dict(weights or state["heads"])
+    hooks = network.attach(module)
+    hooks.threshold, hooks.confidence = state["threshold"], state["confidence"]
 
 
 def _replace(module: nn.Module, layer: nn.Module, head: nn.Module) -> None:

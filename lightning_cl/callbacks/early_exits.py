@@ -1,15 +1,18 @@
 """Exits inside the network: heads that are trained with it, and samples that leave early."""
 
 import copy
+import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -18,10 +21,14 @@ from lightning_cl.exits import ExitHooks, ExitNetwork
 from lightning_cl.exits.network import ATTRIBUTE
 from lightning_cl.heads.exit_heads import ExitHeadKind
 from lightning_cl.heads.exit_rules import Confidence
-from lightning_cl.tasks import ContinualCallback, TaskClock
+from lightning_cl.reporting.exits import exit_figures, print_exits, write_exits
+from lightning_cl.tasks import ContinualCallback, Task, TaskClock
+from lightning_cl.tasks.evaluation import find_call
+from lightning_cl.tasks.exit_evaluation import ExitRecord, score_exits
 from lightning_cl.tasks.exit_phases import PhasePlan, Regime
 from lightning_cl.tasks.exit_search import find_exits
 from lightning_cl.tasks.exit_training import ExitTraining, LossWeights
+from lightning_cl.tasks.module_call import ModuleCall
 from lightning_cl.tasks.overrides import InstanceOverrides
 from lightning_cl.tasks.stream import ReplayStream
 
@@ -43,8 +50,14 @@ class EarlyExits(ContinualCallback):
             exit and one for the network's own.
         phase_epochs: Epochs of the regime's phases in each task; halves of the task if ``None``.
         threshold: How sure a head must be, from 0 to 1, for a sample to leave. ``None`` lets all go to the end.
+            "auto:0.5pp" takes, at the end of each task, the cheapest whose accuracy on the validation data of the tasks
+            seen is at most 0.5 points below that of the whole network.
         confidence: What sure is: the largest probability, a low entropy, or predictions that repeat ("patience").
         classifier: Name of the classification layer; found by its number of outputs if ``None``.
+        print_table: Whether cost, accuracy and use of the exits are printed when the fit ends.
+
+    At the end of each task every exit is measured on the validation data of the tasks seen. ``exits/accuracy`` and
+    ``exits/cost`` are logged, and ``exits.json`` and ``exits.png``, accuracy over cost, are written at the end.
 
     Example::
 
@@ -61,9 +74,10 @@ class EarlyExits(ContinualCallback):
         head: ExitHeadKind | nn.Module = "pool",
         loss_weights: LossWeights = "uniform",
         phase_epochs: list[int] | None = None,
-        threshold: float | None = None,
+        threshold: float | str | None = None,
         confidence: Confidence = "max_softmax",
         classifier: str | None = None,
+        print_table: bool = True,
     ) -> None:
         if isinstance(layers, str) or not layers:
             raise ValueError(f"`layers` must be a list of layer names, got {layers!r}.")
@@ -74,8 +88,7 @@ class EarlyExits(ContinualCallback):
             check_choice("loss_weights", loss_weights, ("uniform", "sdn"))
         elif any(weight < 0 for weight in loss_weights):
             raise ValueError(f"`loss_weights` must be 0 or more, got {loss_weights}.")
-        if threshold is not None and not 0 <= threshold <= 1:
-            raise ValueError(f"`threshold` must be from 0 to 1, got {threshold}.")
+        self._points_to_lose = _points_to_lose(threshold)
         check_choice("confidence", confidence, ("max_softmax", "entropy", "patience"))
         self.layers = layers
         self.head = head
@@ -84,8 +97,12 @@ class EarlyExits(ContinualCallback):
         self.threshold = threshold
         self.confidence: Confidence = confidence
         self.classifier = classifier
+        self.print_table = print_table
+        self.record = ExitRecord()
         self.network: ExitNetwork | None = None
         self._answers = False  # once heads have been trained
+        self._call: ModuleCall | None = None
+        self._log_dir: str | None = None
         self._overrides = InstanceOverrides()
         self._training: ExitTraining | None = None
         self._clock: TaskClock | None = None
@@ -134,7 +151,7 @@ class EarlyExits(ContinualCallback):
         for task in clock.stream.tasks:
             self.plan.check(task.index, clock.limits.epochs(task.index))
         self._clock, self._stream = clock, clock.stream
-        self.network, self._answers = None, False
+        self.network, self._answers, self.record = None, False, ExitRecord()
 
     def _build(self, trainer: Trainer, pl_module: LightningModule) -> None:
         network = find_exits(trainer, pl_module, self.stream, self.layers, self.head, self.classifier)
@@ -156,7 +173,7 @@ class EarlyExits(ContinualCallback):
             )
         self.network.attach(pl_module)
         self.hooks.confidence = self.confidence
-        self.hooks.threshold = self.threshold if self._answers else None
+        self.hooks.threshold = self.threshold_in_use
         if self.threshold is not None and self.network.mixing_layer is not None:
             rank_zero_warn(
                 f"Samples cannot leave the batch at {self.network.mixing_layer!r}: what the network makes of the others"
@@ -179,6 +196,7 @@ class EarlyExits(ContinualCallback):
         if self.network is None:
             self.network = ExitNetwork(state["spec"], self.head)
             self._answers = state["answers"]
+            self.record.load_state_dict(state["record"])
             self._put_on(pl_module)
         elif self.network.spec["layers"] != state["spec"]["layers"]:
             raise MisconfigurationException(
@@ -191,6 +209,16 @@ class EarlyExits(ContinualCallback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.training.check_optimizers(trainer.optimizers)
+        without_files = not trainer.loggers or trainer.fast_dev_run  # type: ignore[attr-defined]
+        self._log_dir = None if without_files else trainer.log_dir
+        for task in self.stream.tasks:
+            if self._points_to_lose is not None and not self.stream.samples_of(task.index, "val"):
+                raise MisconfigurationException(
+                    f"`threshold={self.threshold!r}` is chosen on validation data, and task {task.index} ({task.name})"
+                    " has none. Say `val_fraction=0.1` on the task sequence to hold some training data out."
+                )
+        self._call, _ = find_call(trainer, pl_module, self.stream, head=self._spec["classifier"])
+        self.record.make_room(len(self.stream.tasks), len(self._costs))
         self._enter_epoch(pl_module)
 
     @override
@@ -201,7 +229,7 @@ class EarlyExits(ContinualCallback):
         self.training.enter(pl_module, self.hooks, self.clock.progress.epochs, self.clock.planned_epochs)
         if self.training.phase != "network":
             self._answers = True
-            self.hooks.threshold = self.threshold
+            self.hooks.threshold = self.threshold_in_use
 
     @override
     def around_training_step(
@@ -217,6 +245,61 @@ class EarlyExits(ContinualCallback):
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self.training.drop_gradients(optimizer)
+
+    @override
+    def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
+        if self._call is None:
+            return
+        found = {
+            seen: score_exits(trainer, pl_module, self.stream, self.hooks, self._call, self.confidence, seen)
+            for seen in range(task.index + 1)
+            if seen not in self.clock.progress.rejected
+        }
+        self.record.take(task.index, {seen: scores for seen, scores in found.items() if scores is not None})
+        if not self.record.scores:
+            return
+        if self._points_to_lose is not None:
+            self.record.choose(self._costs, self._points_to_lose)
+            self.hooks.threshold = self.threshold_in_use
+        figures = self.figures
+        logged = {f"exits/{name}": figures[name] for name in ("accuracy", "cost")}
+        pl_module.log_dict(logged, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero or not self.record.scores:
+            return
+        figures = self.figures
+        if self._log_dir is not None:
+            names = [task.name for task in self.stream.tasks]
+            write_exits(Path(self._log_dir), figures, self.record.scores, names)
+        if self.print_table:
+            print_exits(figures)
+
+    @property
+    def threshold_in_use(self) -> float | None:
+        """The threshold that samples are held against now; ``None`` while all go to the end."""
+        if not self._answers:
+            return None
+        return self.record.chosen if self._points_to_lose is not None else self.threshold  # type: ignore[return-value]
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """Cost and accuracy of the exits at the end of the last task; empty before the first."""
+        record = self.record
+        if not record.scores:
+            return {}
+        return exit_figures(record.scores, self._costs, self.threshold_in_use, record.accuracies)
+
+    @property
+    def _spec(self) -> dict[str, Any]:
+        if self.network is None:
+            raise RuntimeError("EarlyExits has no heads before a fit.")
+        return self.network.spec
+
+    @property
+    def _costs(self) -> Tensor:
+        return torch.tensor(self._spec["costs"])
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -236,7 +319,7 @@ class EarlyExits(ContinualCallback):
             self._training.wake()
         if self.network is not None:
             self.network.detach()
-        self._stream = self._clock = self._training = None
+        self._stream = self._clock = self._training = self._call = None
 
     @property
     def stream(self) -> ReplayStream:
@@ -281,6 +364,9 @@ class EarlyExits(ContinualCallback):
         heads = {} if self.network.hooks is not None else self.heads.state_dict()
         return {
             "spec": copy.deepcopy(self.network.spec),
+            "threshold": self.threshold_in_use,
+            "record": self.record.state_dict(),
+            "confidence": self.confidence,
             "answers": self._answers,
             "heads": {name: tensor.cpu().clone() for name, tensor in heads.items()},
         }
@@ -290,5 +376,18 @@ class EarlyExits(ContinualCallback):
         if self.network is None:
             return
         self._answers = state_dict["answers"]
+        self.record.load_state_dict(state_dict["record"])
         if self.network.hooks is not None:
-            self.hooks.threshold = self.threshold if self._answers else None
+            self.hooks.threshold = self.threshold_in_use
+
+
+def _points_to_lose(threshold: float | str | None) -> float | None:
+    """Return the percentage points that a chosen threshold may cost; ``None`` for one that is given."""
+    if isinstance(threshold, str):
+        found = re.fullmatch(r"auto:(\d+(?:\.\d*)?)pp", threshold)
+        if found is None:
+            raise ValueError(f"`threshold` must be from 0 to 1, None, or as in 'auto:0.5pp', got {threshold!r}.")
+        return float(found[1])
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ValueError(f"`threshold` must be from 0 to 1, got {threshold}.")
+    return None

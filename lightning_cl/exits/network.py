@@ -78,6 +78,7 @@ class ExitNetwork:
             "written_over": [point.written_over for point in points],
             "classifier": classifier,
             "num_classes": logits.shape[1],
+            "head": None if isinstance(head, nn.Module) else head,
             "rest": {name: list(shape) for name, shape in layers_after(root, points[0].layer, classifier, run).items()},
         }
         network = cls(spec, head)
@@ -96,7 +97,7 @@ class ExitNetwork:
         found: str | None = self.spec["mixing_layer"]
         return found
 
-    def attach(self, root: nn.Module) -> None:
+    def attach(self, root: nn.Module) -> ExitHooks:
         """Put heads and hooks on a module."""
         root.add_module(ATTRIBUTE, self.heads)
         points = [
@@ -110,6 +111,7 @@ class ExitNetwork:
         self.hooks.removes_rows = self.mixing_layer is None
         shapes = {name: tuple(shape) for name, shape in self.spec["rest"].items()}
         self._rest = LayersAtRest(root, shapes, self.hooks)
+        return self.hooks
 
     def detach(self) -> None:
         """Take heads and hooks off."""

@@ -5,12 +5,25 @@ and how sure it is; ``costs`` of shape ``(exits,)`` what a sample costs that lea
 without exits. Exits stand in the order in which a sample meets them, the network's own head last.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_cl.heads.exit_rules import first_confident
+
+
+class ExitScores(NamedTuple):
+    """What each exit says of some samples.
+
+    Attributes:
+        confidences: How sure each is, of shape ``(samples, exits)``.
+        correct: Whether each is right, of the same shape.
+    """
+
+    confidences: Tensor
+    correct: Tensor
 
 
 class ExitCurve(NamedTuple):
@@ -53,6 +66,26 @@ def exit_curve(confidences: Tensor, correct: Tensor, costs: Tensor, thresholds: 
         points.append(torch.stack([costs.float()[taken].mean(), right]))
     mean_costs, accuracies = torch.stack(points).unbind(1)
     return ExitCurve(thresholds, mean_costs, accuracies)
+
+
+def mean_curve(curves: Sequence[ExitCurve]) -> ExitCurve:
+    """Average the curves of several tasks, threshold by threshold.
+
+    Args:
+        curves: Their curves at the same thresholds.
+
+    Example::
+
+        >>> thresholds = torch.tensor([0.0, 1.0])
+        >>> first = ExitCurve(thresholds, torch.tensor([0.5, 1.0]), torch.tensor([0.6, 0.8]))
+        >>> second = ExitCurve(thresholds, torch.tensor([0.5, 1.0]), torch.tensor([0.4, 1.0]))
+        >>> mean_curve([first, second]).accuracies
+        tensor([0.5000, 0.9000])
+    """
+    costs, accuracies = (
+        torch.stack([getattr(curve, name) for curve in curves]).mean(0) for name in ExitCurve._fields[1:]
+    )
+    return ExitCurve(curves[0].thresholds, costs, accuracies)
 
 
 def accuracy_at_budget(curve: ExitCurve, budget: float) -> Tensor:

@@ -12,6 +12,7 @@ from nearest_means import TEST_IMAGES, DigitsToPredict, PredictingNet, predictio
 from numbered_streams import Judge, fit_stream, same, same_weights
 from torch import nn
 
+import lightning_cl
 from lightning_cl.callbacks import (
     ContinualMetrics,
     DarkExperienceReplay,
@@ -359,3 +360,31 @@ def test_losses_of_each_row_are_weighed_by_replay():
     rows, _, _ = _fit("joint", module=PerRow, others=[Replay(20)])
     for name, tensor in mean.state_dict()["heads"].items():
         torch.testing.assert_close(tensor, rows.state_dict()["heads"][name])
+
+
+# ------------------------------------------------------------------ without a Trainer
+
+
+@pytest.mark.parametrize("when", ["in the fit", "after it"])
+def test_a_loaded_module_answers_as_its_run_did_and_lets_samples_leave(when, tmp_path):
+    keeper = ModelCheckpoint(tmp_path, "in the fit", every_n_epochs=6)
+    exits = EarlyExits(LAYERS, "joint", threshold=0.25)
+    _, trainer, module = _fit(exits=exits, others=[Replay(30), keeper], enable_checkpointing=True)
+    trainer.save_checkpoint(tmp_path / "after it.ckpt")
+    expected = predictions(trainer, module)
+    loaded = lightning_cl.load(tmp_path / f"{when}.ckpt", Deep)
+    rows = []
+    handle = loaded.net[6].register_forward_pre_hook(lambda layer, inputs: rows.append(len(inputs[0])))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(TEST_IMAGES), expected)
+    handle.remove()
+    assert 0 < rows[0] < len(TEST_IMAGES)
+    assert len(loaded.early_exits) == 2
+
+
+def test_heads_of_ones_own_cannot_be_loaded_without_their_class(tmp_path):
+    exits = EarlyExits(LAYERS, "joint", head=nn.LazyLinear(6))
+    _, trainer, _ = _fit(exits=exits)
+    trainer.save_checkpoint(tmp_path / "own.ckpt")
+    with pytest.raises(ValueError, match="exit heads of the user's own class"):
+        lightning_cl.load(tmp_path / "own.ckpt", Deep)
