@@ -149,7 +149,8 @@ class EarlyExits(ContinualCallback):
                 " optimises manually. Use automatic optimisation."
             )
         for task in clock.stream.tasks:
-            self.plan.check(task.index, clock.limits.epochs(task.index))
+            if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                self.plan.check(task.index, clock.limits.epochs(task.index))
         self._clock, self._stream = clock, clock.stream
         self.network, self._answers, self.record = None, False, ExitRecord()
 
@@ -207,8 +208,11 @@ class EarlyExits(ContinualCallback):
             checkpoint["state_dict"].setdefault(f"{ATTRIBUTE}.{name}", tensor)
 
     @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.training.join(trainer.optimizers[0])  # before a checkpoint's optimizer state comes
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.training.check_optimizers(trainer.optimizers)
         without_files = not trainer.loggers or trainer.fast_dev_run  # type: ignore[attr-defined]
         self._log_dir = None if without_files else trainer.log_dir
         for task in self.stream.tasks:
@@ -223,6 +227,7 @@ class EarlyExits(ContinualCallback):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.training.join(trainer.optimizers[0])  # each task may have a new one
         self._enter_epoch(pl_module)
 
     def _enter_epoch(self, pl_module: LightningModule) -> None:

@@ -70,7 +70,9 @@ class PhasePlan:
             )
 
     def phase(self, epoch: int, planned: int) -> Phase:
-        """Return the phase of an epoch of a task."""
+        """Return the phase of an epoch of a task; the last one where ``fast_dev_run`` leaves a single epoch."""
+        if 0 <= planned < len(self.phases):
+            return self.phases[-1]
         if len(self.phases) == 1:
             return self.phases[0]
         first = (planned + 1) // 2 if self.epochs is None else self.epochs[0]

@@ -113,15 +113,13 @@ class ExitTraining:
                 if (id(parameter) in heads) == (self.phase == "network"):
                     parameter.grad = None
 
-    def check_optimizers(self, optimizers: Iterable[Optimizer]) -> None:
-        """Refuse optimizers that leave out the heads."""
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        trained = {id(parameter) for group in groups for parameter in group["params"]}
-        if any(id(parameter) not in trained for parameter in self._heads.parameters()):
-            raise MisconfigurationException(
-                "`configure_optimizers` leaves out the exit heads, which are in `early_exits` of the module. Build the"
-                " optimizer from `self.parameters()`."
-            )
+    def join(self, optimizer: Optimizer) -> None:
+        """Let heads that an optimizer was not made with join its first group, where schedulers reach them.
+
+        LightningCLI makes its ``--optimizer`` before there are heads, and a module may train its own network by name.
+        """
+        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        optimizer.param_groups[0]["params"] += [p for p in self._heads.parameters() if id(p) not in trained]
 
     def _weights(self, exits: int) -> list[float]:
         if self._loss_weights == "sdn":

@@ -6,9 +6,10 @@ from functools import lru_cache
 import pytest
 import torch
 import torch.nn.functional as F
+from exit_streams import LAYERS, Deep
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from nearest_means import TEST_IMAGES, DigitsToPredict, PredictingNet, predictions
+from nearest_means import TEST_IMAGES, DigitsToPredict, predictions
 from numbered_streams import Judge, fit_stream, same, same_weights
 from torch import nn
 
@@ -26,28 +27,6 @@ from lightning_cl.tasks.exit_phases import depth_weights
 from tests.modules import CLASSIFIERS, DigitsData, quiet_trainer
 
 REGIMES = ["joint", "mixed", "disjoint"]
-
-
-class Deep(PredictingNet):
-    """Three layers before the last, with batch norm and dropout, and an optimizer that moves all it is given."""
-
-    def __init__(self, dropout=0.2):
-        super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(64, 24),
-            nn.BatchNorm1d(24),
-            nn.ReLU(inplace=True),
-            nn.Dropout(dropout),
-            nn.Linear(24, 16),
-            nn.ReLU(),
-            nn.Linear(16, 6),
-        )
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
-
-
-LAYERS = ["net.1", "net.4"]
 
 
 def _fit(regime="joint", module=Deep, others=(), exits=None, **settings):
@@ -139,6 +118,27 @@ def test_the_loss_is_the_weighed_sum_of_the_heads(loss_weights, expected):
         exits=EarlyExits(LAYERS, "joint", loss_weights=loss_weights), module=lambda: Deep(dropout=0.0), others=[losses]
     )
     assert losses.values[0] == pytest.approx(sum(w * loss for w, loss in zip(expected, by_hand, strict=True)), rel=1e-5)
+
+
+class OnlyItsNet(Deep):
+    """Makes its optimizer, and a schedule, for its own layers."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.net.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0)]
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_heads_join_an_optimizer_that_was_made_without_them(regime, tmp_path):
+    """Also where it is resumed."""
+    keeper = SaveAfterSteps(tmp_path)
+    named, _, module = _fit(regime, OnlyItsNet, others=[Replay(20), keeper])
+    whole, _, expected = _fit(regime, others=[Replay(20)])
+    resumed, _, again = _fit(regime, OnlyItsNet, others=[Replay(20)], ckpt_path=tmp_path / "10.ckpt")
+    assert same_weights(module, expected)
+    assert same_weights(again, expected)
+    assert same(named.state_dict(), whole.state_dict())
+    assert same(resumed.state_dict(), whole.state_dict())
 
 
 def test_weights_grow_with_depth_and_epochs():

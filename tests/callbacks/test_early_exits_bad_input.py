@@ -109,15 +109,6 @@ def test_phases_of_tasks_that_are_counted_in_steps():
     _refused(exits, "trains in phases, and the epochs of task 0 are unknown", max_epochs=-1, max_steps=6)
 
 
-class OnlyItsNet(Plain):
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.net.parameters(), lr=0.1)
-
-
-def test_an_optimizer_that_leaves_the_heads_out():
-    _refused(EarlyExits(["net.0"]), "`configure_optimizers` leaves out the exit heads", OnlyItsNet)
-
-
 class HasTheName(Plain):
     early_exits = None
 
