@@ -13,6 +13,7 @@ from torch import nn
 from lightning_cl.callbacks import EarlyExits
 from lightning_cl.exits import ExitNetwork
 from lightning_cl.exits.network import ATTRIBUTE
+from lightning_cl.tasks.exit_evaluation import ExitRecord
 from lightning_cl.tasks.head import HeadCallback
 
 Module = TypeVar("Module", bound=LightningModule)
@@ -81,7 +82,9 @@ def _attach_exits(module: nn.Module, state: dict[str, Any], saved: dict[str, Any
     weights = {name.removeprefix(f"{ATTRIBUTE}."): tensor for name, tensor in saved.items()}
     network.heads.load_state_dict(weights or state["heads"])
     hooks = network.attach(module)
-    hooks.threshold, hooks.confidence = state["threshold"], state["confidence"]
+    record = ExitRecord()
+    record.load_state_dict(state["record"])
+    hooks.threshold, hooks.confidence, hooks.correction = state["threshold"], state["confidence"], record.corrects
 
 
 def _replace(module: nn.Module, layer: nn.Module, head: nn.Module) -> None:

@@ -1,11 +1,10 @@
 """Exits inside the network: heads that are trained with it, and samples that leave early."""
 
 import copy
-import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -24,9 +23,15 @@ from lightning_cl.heads.exit_rules import Confidence
 from lightning_cl.reporting.exits import exit_figures, print_exits, write_exits
 from lightning_cl.tasks import ContinualCallback, Task, TaskClock
 from lightning_cl.tasks.evaluation import find_call
-from lightning_cl.tasks.exit_evaluation import ExitRecord, score_exits
+from lightning_cl.tasks.exit_evaluation import (
+    ExitRecord,
+    classes_seen,
+    fit_correction,
+    points_to_lose,
+    score_exits,
+)
 from lightning_cl.tasks.exit_phases import PhasePlan, Regime
-from lightning_cl.tasks.exit_search import find_exits
+from lightning_cl.tasks.exit_search import check_fit, find_exits
 from lightning_cl.tasks.exit_training import ExitTraining, LossWeights
 from lightning_cl.tasks.module_call import ModuleCall
 from lightning_cl.tasks.overrides import InstanceOverrides
@@ -53,6 +58,8 @@ class EarlyExits(ContinualCallback):
             "auto:0.5pp" takes, at the end of each task, the cheapest whose accuracy on the validation data of the tasks
             seen is at most 0.5 points below that of the whole network.
         confidence: What sure is: the largest probability, a low entropy, or predictions that repeat ("patience").
+        correction: "tlc" adds a constant to the logits of each old task, the same at all exits, in eval mode: fitted to
+            training samples of the newest task at its end, so that old tasks are not passed over (arXiv 2403.07404).
         classifier: Name of the classification layer; found by its number of outputs if ``None``.
         print_table: Whether cost, accuracy and use of the exits are printed when the fit ends.
 
@@ -76,6 +83,7 @@ class EarlyExits(ContinualCallback):
         phase_epochs: list[int] | None = None,
         threshold: float | str | None = None,
         confidence: Confidence = "max_softmax",
+        correction: Literal["none", "tlc"] = "none",
         classifier: str | None = None,
         print_table: bool = True,
     ) -> None:
@@ -88,7 +96,8 @@ class EarlyExits(ContinualCallback):
             check_choice("loss_weights", loss_weights, ("uniform", "sdn"))
         elif any(weight < 0 for weight in loss_weights):
             raise ValueError(f"`loss_weights` must be 0 or more, got {loss_weights}.")
-        self._points_to_lose = _points_to_lose(threshold)
+        self._points_to_lose = points_to_lose(threshold)
+        check_choice("correction", correction, ("none", "tlc"))
         check_choice("confidence", confidence, ("max_softmax", "entropy", "patience"))
         self.layers = layers
         self.head = head
@@ -96,6 +105,7 @@ class EarlyExits(ContinualCallback):
         self.plan = PhasePlan(regime, phase_epochs)
         self.threshold = threshold
         self.confidence: Confidence = confidence
+        self.correction = correction
         self.classifier = classifier
         self.print_table = print_table
         self.record = ExitRecord()
@@ -113,7 +123,8 @@ class EarlyExits(ContinualCallback):
         super().setup(trainer, pl_module, stage)
         self._take_off()
         if stage == "fit":
-            self._check(trainer, pl_module)
+            self._clock, self._stream = check_fit(trainer, pl_module, self.plan, self.correction == "tlc")
+            self.network, self._answers, self.record = None, False, ExitRecord()
 
         def build() -> None:
             if stage == "fit":
@@ -136,24 +147,6 @@ class EarlyExits(ContinualCallback):
         self._overrides.wrap(pl_module, "configure_model", configure_model)
         self._overrides.wrap(pl_module, "on_load_checkpoint", partial(self._before_load, pl_module))
 
-    def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        clock = TaskClock.of(trainer)
-        if clock is None or not isinstance(clock.stream, ReplayStream):
-            raise MisconfigurationException(
-                "EarlyExits tries the module on training data before it is set up, and this fit has no tasks. Wrap your"
-                " DataModule in a task sequence: `Joint(your_datamodule)` is one of a single task."
-            )
-        if not pl_module.automatic_optimization:
-            raise MisconfigurationException(
-                f"EarlyExits adds the losses of its heads to that of `training_step`, and {type(pl_module).__name__}"
-                " optimises manually. Use automatic optimisation."
-            )
-        for task in clock.stream.tasks:
-            if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-                self.plan.check(task.index, clock.limits.epochs(task.index))
-        self._clock, self._stream = clock, clock.stream
-        self.network, self._answers, self.record = None, False, ExitRecord()
-
     def _build(self, trainer: Trainer, pl_module: LightningModule) -> None:
         network = find_exits(trainer, pl_module, self.stream, self.layers, self.head, self.classifier)
         if self.confidence == "patience" and len(network.heads) < 2:
@@ -174,7 +167,7 @@ class EarlyExits(ContinualCallback):
             )
         self.network.attach(pl_module)
         self.hooks.confidence = self.confidence
-        self.hooks.threshold = self.threshold_in_use
+        self._set_hooks()
         if self.threshold is not None and self.network.mixing_layer is not None:
             rank_zero_warn(
                 f"Samples cannot leave the batch at {self.network.mixing_layer!r}: what the network makes of the others"
@@ -234,7 +227,7 @@ class EarlyExits(ContinualCallback):
         self.training.enter(pl_module, self.hooks, self.clock.progress.epochs, self.clock.planned_epochs)
         if self.training.phase != "network":
             self._answers = True
-            self.hooks.threshold = self.threshold_in_use
+            self._set_hooks()
 
     @override
     def around_training_step(
@@ -255,17 +248,22 @@ class EarlyExits(ContinualCallback):
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
         if self._call is None:
             return
+        rejected = self.clock.progress.rejected
+        if self.correction == "tlc":
+            fitted = fit_correction(trainer, pl_module, self.stream, self.hooks, self._call, rejected)
+            self.record.correction = fitted, classes_seen(self.stream, task.index, rejected)
+            self._set_hooks()
         found = {
             seen: score_exits(trainer, pl_module, self.stream, self.hooks, self._call, self.confidence, seen)
             for seen in range(task.index + 1)
-            if seen not in self.clock.progress.rejected
+            if seen not in rejected
         }
         self.record.take(task.index, {seen: scores for seen, scores in found.items() if scores is not None})
         if not self.record.scores:
             return
         if self._points_to_lose is not None:
             self.record.choose(self._costs, self._points_to_lose)
-            self.hooks.threshold = self.threshold_in_use
+            self._set_hooks()
         figures = self.figures
         logged = {f"exits/{name}": figures[name] for name in ("accuracy", "cost")}
         pl_module.log_dict(logged, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
@@ -280,6 +278,9 @@ class EarlyExits(ContinualCallback):
             write_exits(Path(self._log_dir), figures, self.record.scores, names)
         if self.print_table:
             print_exits(figures)
+
+    def _set_hooks(self) -> None:
+        self.hooks.threshold, self.hooks.correction = self.threshold_in_use, self.record.corrects
 
     @property
     def threshold_in_use(self) -> float | None:
@@ -383,16 +384,4 @@ class EarlyExits(ContinualCallback):
         self._answers = state_dict["answers"]
         self.record.load_state_dict(state_dict["record"])
         if self.network.hooks is not None:
-            self.hooks.threshold = self.threshold_in_use
-
-
-def _points_to_lose(threshold: float | str | None) -> float | None:
-    """Return the percentage points that a chosen threshold may cost; ``None`` for one that is given."""
-    if isinstance(threshold, str):
-        found = re.fullmatch(r"auto:(\d+(?:\.\d*)?)pp", threshold)
-        if found is None:
-            raise ValueError(f"`threshold` must be from 0 to 1, None, or as in 'auto:0.5pp', got {threshold!r}.")
-        return float(found[1])
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise ValueError(f"`threshold` must be from 0 to 1, got {threshold}.")
-    return None
+            self._set_hooks()

@@ -32,6 +32,7 @@ class ExitHooks:
         confidence: What sure means.
         detached: Whether heads train on features without a gradient to the network.
         silent: Whether heads say nothing while the network trains.
+        correction: What is made of logits in eval mode before anybody looks at them, the classification layer's too.
         removes_rows: Whether rows leave the batch, or go to the end and take the answer of their exit with them.
         logits: What each exit said of the last batch, the classification layer last; in training and `collecting`.
         taken: The exit that each row of the last batch took, in eval mode with a threshold.
@@ -54,6 +55,7 @@ class ExitHooks:
         self.confidence: Confidence = "max_softmax"
         self.detached = False
         self.silent = False
+        self.correction: Callable[[Tensor], Tensor] | None = None
         self.removes_rows = True
         self.logits: list[Tensor] = []
         self.taken: Tensor | None = None
@@ -85,6 +87,11 @@ class ExitHooks:
             self.logits = []
 
     @property
+    def count(self) -> int:
+        """How many heads there are, the classification layer among them."""
+        return len(self._layers)
+
+    @property
     def nobody_left(self) -> bool:
         """Whether all rows of the batch that is in the network have left it."""
         return self._rows is not None and len(self._rows) == 0 and self.removes_rows
@@ -109,16 +116,21 @@ class ExitHooks:
                 return None
             if self.threshold is None or len(output) == 0:
                 return None
-            return self._let_go(output, head(output), position, self.threshold)
+            return self._let_go(output, self._corrected(head(output)), position, self.threshold)
 
         return hook  # type: ignore[no-any-return]
 
     def _heard(self, head: nn.Module, output: Tensor, point: ExitPoint) -> Tensor:
         features = output.clone() if point.written_over else output
+        if not self._root.training:
+            return self._corrected(head(features))
         if not self.detached:
             return head(features)  # type: ignore[no-any-return]
-        with torch.set_grad_enabled(self._root.training):  # the network may stand still
+        with torch.enable_grad():  # the network may stand still
             return head(features.detach())  # type: ignore[no-any-return]
+
+    def _corrected(self, logits: Tensor) -> Tensor:
+        return logits if self.correction is None else self.correction(logits)
 
     def _let_go(self, output: Tensor, logits: Tensor, position: int, threshold: float) -> Tensor | None:
         """Take down who leaves, and return the rows that stay; ``None`` if all do."""
@@ -149,11 +161,15 @@ class ExitHooks:
     def _at_end(self, layer: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
         if layer is not self._layers[-1]:
             return None
-        if self._looks:
+        if self._root.training:
             self.logits.append(output)
             return None
-        if self.threshold is None or self._rows is None or not self._left:
-            return None
+        corrected = self._corrected(output)
+        if self._collects:
+            self.logits.append(corrected)
+        if self._collects or self.threshold is None or self._rows is None or not self._left:
+            return None if self.correction is None else corrected
+        output = corrected
         whole = output.new_empty(len(self.taken), *output.shape[1:])  # type: ignore[arg-type]
         whole[self._rows] = output if self.removes_rows else output[self._rows]
         for rows, logits in self._left:

@@ -1,6 +1,8 @@
-"""What each exit says of evaluation data, with nobody leaving."""
+"""What each exit says of samples, with nobody leaving, and what follows from it."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,9 +11,10 @@ from torch import Tensor
 
 from lightning_cl.exits import ExitHooks
 from lightning_cl.heads.exit_rules import Confidence, confidence_of, patience_of
+from lightning_cl.heads.task_logit_correction import TaskLogitCorrection, fit_task_logit_correction
 from lightning_cl.metrics.early_exit import ExitScores, cheapest_threshold, exit_curve, mean_curve
 from lightning_cl.tasks.batches import as_labels
-from lightning_cl.tasks.evaluation import device_batches, evaluating, gather_rows
+from lightning_cl.tasks.evaluation import device_batches, evaluate_samples, evaluating, gather_rows
 from lightning_cl.tasks.stream import ReplayStream, Split
 
 
@@ -59,19 +62,81 @@ def score_exits(
     return ExitScores(rows[:, :heads], rows[:, heads:].bool())
 
 
+def fit_correction(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    stream: ReplayStream,
+    hooks: ExitHooks,
+    call: Callable[[Any], Tensor],
+    rejected: Sequence[int],
+) -> TaskLogitCorrection:
+    """Fit the correction for the tasks seen to training samples of the current one; to be called on all ranks."""
+    task = stream.current_task.index
+
+    def logits_of(batch: Any) -> Tensor:
+        call(batch)
+        return torch.stack(hooks.logits, dim=1)
+
+    correction, hooks.correction = hooks.correction, None
+    try:
+        with hooks.collecting():
+            everything = torch.arange(stream.samples_of(task) or 0)
+            rows = evaluate_samples(trainer, pl_module, stream, task, everything, logits_of)
+    finally:
+        hooks.correction = correction
+    heads = hooks.count
+    return fit_task_logit_correction(rows.view(len(rows), heads, -1), classes_seen(stream, task, rejected))
+
+
+def classes_seen(stream: ReplayStream, task: int, rejected: Sequence[int] = ()) -> list[list[int]]:
+    """Return the classes of each task up to one, but for those that were skipped."""
+    return [list(seen.classes or ()) for seen in stream.tasks[: task + 1] if seen.index not in rejected]
+
+
+def points_to_lose(threshold: float | str | None) -> float | None:
+    """Return the percentage points that a threshold may cost that is to be chosen; ``None`` for one that is given.
+
+    Raises:
+        ValueError: If it is neither.
+
+    Example::
+
+        >>> points_to_lose("auto:0.5pp")
+        0.5
+    """
+    if isinstance(threshold, str):
+        found = re.fullmatch(r"auto:(\d+(?:\.\d*)?)pp", threshold)
+        if found is None:
+            raise ValueError(f"`threshold` must be from 0 to 1, None, or as in 'auto:0.5pp', got {threshold!r}.")
+        return float(found[1])
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ValueError(f"`threshold` must be from 0 to 1, got {threshold}.")
+    return None
+
+
 class ExitRecord:
-    """What was measured of the exits at task ends, and the threshold that was chosen by it.
+    """What was measured of the exits at task ends, and the threshold and correction that were found by it.
 
     Attributes:
         accuracies: Accuracy of each exit on each task after each task, ``(tasks, tasks, exits)``; NaN if not measured.
         scores: What each exit said of the samples of each task at the last task end.
         chosen: The threshold; ``None`` before the first choice.
+        correction: Of the logits, with the classes of the tasks that it is for; ``None`` before the first fit.
     """
 
     def __init__(self) -> None:
         self.accuracies = torch.empty(0, 0, 0)
         self.scores: dict[int, ExitScores] = {}
         self.chosen: float | None = None
+        self.correction: tuple[TaskLogitCorrection, list[list[int]]] | None = None
+
+    @property
+    def corrects(self) -> Callable[[Tensor], Tensor] | None:
+        """What the correction makes of logits."""
+        if self.correction is None:
+            return None
+        correction, classes = self.correction
+        return partial(correction.apply, classes=classes)
 
     def make_room(self, tasks: int, exits: int) -> None:
         """Have room for all tasks of a stream; one that is continued has more than were saved."""
@@ -97,6 +162,7 @@ class ExitRecord:
             "accuracies": self.accuracies.clone(),
             "scores": {task: [part.clone() for part in scores] for task, scores in self.scores.items()},
             "chosen": self.chosen,
+            "correction": None if self.correction is None else [list(self.correction[0]), self.correction[1]],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -104,3 +170,5 @@ class ExitRecord:
         self.accuracies = state["accuracies"].clone()
         self.scores = {task: ExitScores(*parts) for task, parts in state["scores"].items()}
         self.chosen = state["chosen"]
+        saved = state["correction"]
+        self.correction = None if saved is None else (TaskLogitCorrection(*saved[0]), saved[1])

@@ -13,11 +13,51 @@ from lightning_cl.exits import ExitNetwork
 from lightning_cl.heads.exit_heads import ExitHeadKind
 from lightning_cl.taps import find_head
 from lightning_cl.tasks.batches import as_labels
+from lightning_cl.tasks.clock import TaskClock
 from lightning_cl.tasks.evaluation import held_still, sample_batches
+from lightning_cl.tasks.exit_phases import PhasePlan
 from lightning_cl.tasks.module_call import ModuleCall
 from lightning_cl.tasks.stream import ReplayStream
 
 _SAMPLES = 8
+
+
+def check_fit(
+    trainer: Trainer, pl_module: LightningModule, plan: PhasePlan, needs_classes: bool
+) -> tuple[TaskClock, ReplayStream]:
+    """Return clock and tasks of a fit that can train exits.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: The module.
+        plan: The phases of each task.
+        needs_classes: Whether each task must have classes of its own.
+
+    Raises:
+        MisconfigurationException: If it cannot, saying why.
+    """
+    clock = TaskClock.of(trainer)
+    if clock is None or not isinstance(clock.stream, ReplayStream):
+        raise MisconfigurationException(
+            "EarlyExits tries the module on training data before it is set up, and this fit has no tasks. Wrap your"
+            " DataModule in a task sequence: `Joint(your_datamodule)` is one of a single task."
+        )
+    if not pl_module.automatic_optimization:
+        raise MisconfigurationException(
+            f"EarlyExits adds the losses of its heads to that of `training_step`, and {type(pl_module).__name__}"
+            " optimises manually. Use automatic optimisation."
+        )
+    tasks = clock.stream.tasks
+    labels = [label for task in tasks for label in task.classes or ()]
+    if needs_classes and not (all(task.classes for task in tasks) and len(set(labels)) == len(labels)):
+        raise MisconfigurationException(
+            "`correction='tlc'` adds a constant to the classes of each task, and these tasks share classes or have"
+            " none. Say `correction='none'`."
+        )
+    if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        for task in tasks:
+            plan.check(task.index, clock.limits.epochs(task.index))
+    return clock, clock.stream
 
 
 def find_exits(

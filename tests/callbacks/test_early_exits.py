@@ -30,7 +30,7 @@ REGIMES = ["joint", "mixed", "disjoint"]
 
 
 def _fit(regime="joint", module=Deep, others=(), exits=None, **settings):
-    exits = exits or EarlyExits(LAYERS, regime=regime)
+    exits = exits or EarlyExits(LAYERS, regime=regime, threshold="auto:5pp", correction="tlc", print_table=False)
     settings = {"max_epochs": 2, **settings}
     data = settings.pop("data", None) or DigitsToPredict()
     trainer, fitted = fit_stream([*others, exits], module, data, **settings)
@@ -257,7 +257,7 @@ def test_building_heads_draws_nothing_and_moves_no_buffer():
 
 
 def test_samples_leave_where_the_rule_says():
-    exits, trainer, module = _fit(others=[Replay(30)], max_epochs=4)
+    exits, trainer, module = _fit(exits=EarlyExits(LAYERS, "joint"), others=[Replay(30)], max_epochs=4)
     exits.network.attach(module.eval())
     with torch.no_grad(), exits.hooks.collecting():
         module(TEST_IMAGES)

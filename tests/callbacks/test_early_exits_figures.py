@@ -8,13 +8,17 @@ import torch
 from command_line import OPTIONS
 from exit_streams import LAYERS, Deep
 from lightning.pytorch.loggers import CSVLogger
-from numbered_streams import fit_stream
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from numbered_streams import fit_stream, same
 
+import lightning_cl
 from lightning_cl.callbacks import ContinualMetrics, EarlyExits, Replay
 from lightning_cl.cli import main
+from lightning_cl.datamodules import ClassIncremental, DomainIncremental
 from lightning_cl.heads.exit_rules import confidence_of, first_confident
+from lightning_cl.heads.task_logit_correction import fit_task_logit_correction
 from lightning_cl.metrics.early_exit import accuracy_at_budget, exit_curve, mean_curve
-from tests.modules import DigitsData, Plain, TrainingDigits, digits
+from tests.modules import DigitsData, Plain, TrainingDigits, digits, quiet_trainer
 
 IMAGES, LABELS = digits(24, 10)
 
@@ -121,3 +125,73 @@ def test_a_threshold_is_chosen_on_the_command_line():
     cli = main(["fit", *OPTIONS, *callback, *options])
     (exits,) = [c for c in cli.trainer.callbacks if isinstance(c, EarlyExits)]
     assert 0 <= exits.threshold_in_use <= 1
+
+
+# ------------------------------------------------------------------ correction of recent tasks
+
+
+def _raw_logits(exits, module, images):
+    """What the exits say without the correction."""
+    hooks = exits.network.attach(module.eval())
+    with torch.no_grad(), hooks.collecting():
+        module(images)
+        logits = torch.stack(hooks.logits, dim=1)
+    exits.network.detach()
+    return logits
+
+
+def test_the_correction_is_fitted_to_the_newest_tasks_training_samples_alone():
+    exits = EarlyExits(LAYERS, "joint", correction="tlc", print_table=False)
+    _, module = _fit(exits)
+    training, labels = digits(0, 24)
+    logits = _raw_logits(exits, module, training[labels >= 4])
+    expected = fit_task_logit_correction(logits, [[0, 1], [2, 3], [4, 5]])
+    found, classes = exits.record.correction
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert classes == [[0, 1], [2, 3], [4, 5]]
+    assert found != (0, 0)
+
+
+def test_every_exit_answers_with_the_correction_in_evaluation_and_without_it_in_training():
+    runs = {}
+    for correction in ("none", "tlc"):
+        exits = EarlyExits(LAYERS, "joint", correction=correction, threshold=0.4, print_table=False)
+        metrics = ContinualMetrics(print_table=False)
+        trainer, module = fit_stream([Replay(30), exits, metrics], Deep, DigitsData(), max_epochs=4)
+        runs[correction] = exits, metrics, dict(module.state_dict()), trainer, module
+    exits, metrics, weights, trainer, module = runs["tlc"]
+    assert same(weights, runs["none"][2])  # training is untouched
+    assert same(metrics.task_aware_matrix, runs["none"][1].task_aware_matrix)
+    correction, classes = exits.record.correction
+    logits = correction.apply(_raw_logits(exits, module, IMAGES), classes)
+    taken = first_confident(confidence_of(logits), 0.4)
+    answers = logits[torch.arange(len(taken)), taken].argmax(1)
+    accuracies = [(answers == LABELS)[task == LABELS // 2].float().mean() for task in range(3)]
+    torch.testing.assert_close(metrics.matrix[2], torch.stack(accuracies))
+    assert exits.figures["accuracy"] == pytest.approx(float(metrics.matrix[2].mean()))
+
+
+def test_a_loaded_module_has_the_correction(tmp_path):
+    exits = EarlyExits(LAYERS, "joint", correction="tlc", threshold=0.4, print_table=False)
+    trainer, module = _fit(exits)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    correction, classes = exits.record.correction
+    logits = correction.apply(_raw_logits(exits, module, IMAGES), classes)
+    taken = first_confident(confidence_of(logits), 0.4)
+    with torch.no_grad():
+        answers = lightning_cl.load(tmp_path / "last.ckpt", Deep)(IMAGES)
+    torch.testing.assert_close(answers, logits[torch.arange(len(taken)), taken], atol=1e-5, rtol=1e-5)
+
+
+def test_one_task_has_no_correction():
+    exits = EarlyExits(LAYERS, "joint", correction="tlc", print_table=False)
+    trainer = quiet_trainer(callbacks=[exits], max_epochs=2)
+    trainer.fit(Deep(), datamodule=ClassIncremental(DigitsData(), num_tasks=1))
+    assert exits.record.correction[0] == (0, 0)
+
+
+def test_tasks_that_share_classes_cannot_be_corrected():
+    exits = EarlyExits(LAYERS, "joint", correction="tlc")
+    trainer = quiet_trainer(callbacks=[exits])
+    with pytest.raises(MisconfigurationException, match=r"`correction='tlc'` .*share classes"):
+        trainer.fit(Deep(), datamodule=DomainIncremental(DigitsData(), [None, torch.Tensor.neg]))
