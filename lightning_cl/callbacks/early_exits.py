@@ -1,6 +1,7 @@
 """Exits inside the network: heads that are trained with it, and samples that leave early."""
 
 import copy
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -47,7 +48,8 @@ class EarlyExits(ContinualCallback):
     validation and prediction see is the batch in its order.
 
     Args:
-        layers: Names of the layers with exits, or patterns as in ``layer?``.
+        layers: Names of the layers with exits, or patterns as in ``layer?``; "auto:3" finds three that divide the
+            network into parts of about the same cost.
         regime: "joint" trains network and heads together; "mixed" the network alone in the first half of each task;
             "disjoint" the network alone, and then the heads alone on a network that stands still.
         head: "pool", "conv" or "linear", or a module of your own that is copied for each exit.
@@ -76,7 +78,7 @@ class EarlyExits(ContinualCallback):
 
     def __init__(
         self,
-        layers: list[str],
+        layers: list[str] | str,
         regime: Regime = "mixed",
         head: ExitHeadKind | nn.Module = "pool",
         loss_weights: LossWeights = "uniform",
@@ -87,8 +89,9 @@ class EarlyExits(ContinualCallback):
         classifier: str | None = None,
         print_table: bool = True,
     ) -> None:
-        if isinstance(layers, str) or not layers:
-            raise ValueError(f"`layers` must be a list of layer names, got {layers!r}.")
+        auto = re.fullmatch(r"auto:([1-9]\d*)", layers) if isinstance(layers, str) else None
+        if not layers or (isinstance(layers, str) and auto is None):
+            raise ValueError(f"`layers` must be a list of layer names, or as in 'auto:3', got {layers!r}.")
         check_choice("regime", regime, ("disjoint", "joint", "mixed"))
         if not isinstance(head, nn.Module):
             check_choice("head", head, ("pool", "conv", "linear"))
@@ -100,6 +103,7 @@ class EarlyExits(ContinualCallback):
         check_choice("correction", correction, ("none", "tlc"))
         check_choice("confidence", confidence, ("max_softmax", "entropy", "patience"))
         self.layers = layers
+        self._wanted: list[str] | int = layers if auto is None else int(auto[1])  # type: ignore[assignment]
         self.head = head
         self.loss_weights = loss_weights
         self.plan = PhasePlan(regime, phase_epochs)
@@ -148,7 +152,7 @@ class EarlyExits(ContinualCallback):
         self._overrides.wrap(pl_module, "on_load_checkpoint", partial(self._before_load, pl_module))
 
     def _build(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        network = find_exits(trainer, pl_module, self.stream, self.layers, self.head, self.classifier)
+        network = find_exits(trainer, pl_module, self.stream, self._wanted, self.head, self.classifier)
         if self.confidence == "patience" and len(network.heads) < 2:
             raise MisconfigurationException(
                 "`confidence='patience'` waits for predictions that repeat and needs at least 2 exits, got 1."

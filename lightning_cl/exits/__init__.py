@@ -2,6 +2,7 @@
 
 from lightning_cl.exits.hooks import ExitHooks, LayersAtRest
 from lightning_cl.exits.network import ExitNetwork
+from lightning_cl.exits.placement import layers_at_equal_costs, rows_can_leave
 from lightning_cl.exits.points import ExitPoint, find_exit_points, flops_until, layers_after, layers_matching
 
 __all__ = [
@@ -12,5 +13,7 @@ __all__ = [
     "find_exit_points",
     "flops_until",
     "layers_after",
+    "layers_at_equal_costs",
     "layers_matching",
+    "rows_can_leave",
 ]

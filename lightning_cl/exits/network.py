@@ -1,12 +1,13 @@
 """The exits of one module as a whole: built by a dry run, put on, taken off, and made again from what was saved."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_cl.exits.hooks import ExitHooks, LayersAtRest
+from lightning_cl.exits.placement import answers_of, layers_at_equal_costs, rows_can_leave
 from lightning_cl.exits.points import (
     ExitPoint,
     Run,
@@ -46,7 +47,7 @@ class ExitNetwork:
     def find(
         cls,
         root: nn.Module,
-        layers: Sequence[str],
+        layers: Sequence[str] | int,
         classifier: str,
         run: Run,
         samples: int,
@@ -56,7 +57,7 @@ class ExitNetwork:
 
         Args:
             root: The module.
-            layers: Patterns of layer names.
+            layers: Patterns of layer names, or how many exits there shall be at equal shares of the cost.
             classifier: Name of the classification layer.
             run: Calls the module on a batch.
             samples: Rows of that batch.
@@ -65,12 +66,16 @@ class ExitNetwork:
         Raises:
             ValueError: If a layer cannot have an exit, or its head gives no logits.
         """
-        logits = _answers(root, classifier, run)
+        logits = answers_of(root, classifier, run)
         if logits.dim() != 2:
             raise ValueError(
                 f"{classifier!r} puts out {tuple(logits.shape)}; exits need logits of shape (batch, classes)."
             )
-        points = find_exit_points(root, layers_matching(root, layers), classifier, run, samples)
+        if isinstance(layers, int):
+            names = layers_at_equal_costs(root, classifier, run, samples, layers)
+        else:
+            names = layers_matching(root, layers)
+        points = find_exit_points(root, names, classifier, run, samples)
         until, total = flops_until(root, [point.layer for point in points], run)
         spec = {
             "layers": [point.layer for point in points],
@@ -83,7 +88,8 @@ class ExitNetwork:
         }
         network = cls(spec, head)
         spec["costs"] = network._costs([until[point.layer] for point in points], total, samples)
-        spec["mixing_layer"] = network._layer_that_mixes_rows(root, run, samples)
+        mixing = (p.layer for p in points if not rows_can_leave(root, p.layer, classifier, run, samples))
+        spec["mixing_layer"] = next(mixing, None)
         return network
 
     @property
@@ -130,50 +136,3 @@ class ExitNetwork:
             head.train()
             costs.append((flops + heads) / total)
         return [*costs, 1 + heads / total]
-
-    def _layer_that_mixes_rows(self, root: nn.Module, run: Run, samples: int) -> str | None:
-        """Return the first exit whose leaving rows change the answers of others, or that stops the module."""
-        whole = _answers(root, self.spec["classifier"], run)
-        leaving = torch.arange(samples) % 2 == 0
-        for layer, shape in zip(self.spec["layers"], self.spec["shapes"], strict=True):
-            hooks = _Forced(root, ExitPoint(layer, torch.zeros(0, *shape), False), self.spec, leaving)
-            try:
-                answers = _answers(root, self.spec["classifier"], run)
-            except Exception:  # whatever a module does with the wrong number of rows
-                return str(layer)
-            finally:
-                hooks.remove()
-            stayed = whole[~leaving.to(whole.device)]
-            tolerance = 1e-3 * float(whole.abs().max()) + 1e-6
-            if answers.shape != stayed.shape or not torch.allclose(answers, stayed, rtol=1e-3, atol=tolerance):
-                return str(layer)
-        return None
-
-
-class _Forced(ExitHooks):
-    """Lets the same rows leave, however sure the exit is."""
-
-    def __init__(self, root: nn.Module, point: ExitPoint, spec: dict[str, Any], leaving: Tensor) -> None:
-        self._leaving = leaving
-        logits = nn.Module()
-        logits.forward = lambda features: features.new_zeros(len(features), spec["num_classes"])
-        super().__init__(root, [point], [logits], spec["classifier"])
-        self.threshold = 0.5
-
-    def _confidences(self, logits: Tensor, position: int) -> Tensor:
-        return self._leaving.to(logits.device).float()
-
-
-def _answers(root: nn.Module, classifier: str, run: Callable[[], Any]) -> Tensor:
-    """Return what the classification layer puts out, before rows that left are put back."""
-    kept: list[Tensor] = []
-
-    def keep(layer: nn.Module, inputs: Any, output: Tensor) -> None:
-        kept.append(output.detach())
-
-    handle = root.get_submodule(classifier).register_forward_hook(keep, prepend=True)
-    try:
-        run()
-    finally:
-        handle.remove()
-    return kept[-1].float()

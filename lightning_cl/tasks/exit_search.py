@@ -64,7 +64,7 @@ def find_exits(
     trainer: Trainer,
     pl_module: LightningModule,
     stream: ReplayStream,
-    layers: Sequence[str],
+    layers: Sequence[str] | int,
     head: ExitHeadKind | nn.Module,
     classifier: str | None,
 ) -> ExitNetwork:
@@ -74,7 +74,7 @@ def find_exits(
         trainer: The Trainer.
         pl_module: The module, where its layers were made.
         stream: The tasks.
-        layers: Patterns of layer names.
+        layers: Patterns of layer names, or how many exits there shall be at equal shares of the cost.
         head: The kind of head, or a module to copy.
         classifier: Name of the classification layer; found by its number of outputs if ``None``.
 

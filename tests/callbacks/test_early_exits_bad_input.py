@@ -27,8 +27,9 @@ def _refused(exits, match, module=Plain, **settings):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"layers": []}, r"`layers` must be a list of layer names, got \[\]"),
-        ({"layers": "net.0"}, "`layers` must be a list of layer names, got 'net.0'"),
+        ({"layers": []}, r"`layers` must be a list of layer names, or as in 'auto:3', got \[\]"),
+        ({"layers": "net.0"}, "`layers` must be a list of layer names, or as in 'auto:3', got 'net.0'"),
+        ({"layers": "auto:0"}, "`layers` must be a list of layer names, or as in 'auto:3', got 'auto:0'"),
         ({"regime": "both"}, "`regime` must be one of 'disjoint', 'joint', 'mixed', got 'both'"),
         ({"head": "big"}, "`head` must be one of 'pool', 'conv', 'linear', got 'big'"),
         ({"loss_weights": "deep"}, "`loss_weights` must be one of 'uniform', 'sdn', got 'deep'"),
@@ -69,6 +70,10 @@ class Totals(Plain):
 
     def forward(self, images):
         return self.net(images + 0 * self.total(images).sum())
+
+
+def test_more_exits_than_there_are_places():
+    _refused(EarlyExits("auto:4"), "EarlyExits: `layers='auto:4'` asks for 4 exits, and Plain has 1 places")
 
 
 @pytest.mark.parametrize(("layer", "reason"), [("total", "puts out no row for each of 8"), ("unused", "is not called")])

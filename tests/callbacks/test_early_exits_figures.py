@@ -119,6 +119,14 @@ def test_a_threshold_that_is_no_number_nor_a_way_to_choose_one(threshold):
 
 
 @pytest.mark.usefixtures("_elsewhere")
+def test_exits_at_equal_costs_on_the_command_line():
+    callback = ["--trainer.callbacks+=EarlyExits", "--trainer.callbacks.layers=auto:1"]
+    cli = main(["fit", *OPTIONS, *callback, "--trainer.callbacks.regime=joint"])
+    (exits,) = [c for c in cli.trainer.callbacks if isinstance(c, EarlyExits)]
+    assert len(exits.network.spec["layers"]) == 1
+
+
+@pytest.mark.usefixtures("_elsewhere")
 def test_a_threshold_is_chosen_on_the_command_line():
     callback = ["--trainer.callbacks+=EarlyExits", "--trainer.callbacks.layers=[model.body.1]"]
     options = ["--trainer.callbacks.regime=joint", "--trainer.callbacks.threshold=auto:1pp"]

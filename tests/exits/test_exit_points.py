@@ -1,11 +1,20 @@
 """Where exits can stand, what they cost, and what is said where they cannot."""
 
+import re
+
 import pytest
 import torch
 from networks import NETWORKS
 from torch import nn
 
-from lightning_cl.exits import find_exit_points, flops_until, layers_after, layers_matching
+from lightning_cl.exits import (
+    find_exit_points,
+    flops_until,
+    layers_after,
+    layers_at_equal_costs,
+    layers_matching,
+    rows_can_leave,
+)
 
 
 def _network(name):
@@ -114,3 +123,33 @@ def test_the_outermost_layers_after_an_exit():
     network, inputs, _, classifier = _network("resnet32")
     after = layers_after(network, "stages.1.2", classifier, lambda: network(inputs))
     assert after == {"stages.1.3": (32, 4, 4), "stages.1.4": (32, 4, 4), "stages.2": (64, 2, 2), "pool": (64, 1, 1)}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "mlp"])
+def test_exits_at_equal_costs_stand_where_rows_can_leave(name, count):
+    network, _, _, classifier = _network(name)
+    inputs = torch.randn(6, *NETWORKS[name][1])
+
+    def run():
+        return network(inputs)
+
+    with torch.no_grad():
+        layers = layers_at_equal_costs(network, classifier, run, 6, count)
+        assert len(set(layers)) == count
+        assert all(rows_can_leave(network, layer, classifier, run, 6) for layer in layers)
+        until, total = flops_until(network, layers, run)
+    shares = [until[layer] / total for layer in layers]
+    assert shares == sorted(shares)
+    for part, share in enumerate(shares, start=1):
+        assert abs(share - part / (count + 1)) < 0.3  # a small network has few places
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_exits_of_a_residual_network_stand_after_its_blocks():
+    network, _, _, classifier = _network("resnet32")
+    inputs = torch.randn(4, *NETWORKS["resnet32"][1])
+    with torch.no_grad():
+        layers = layers_at_equal_costs(network, classifier, lambda: network(inputs), 4, 3)
+        assert not rows_can_leave(network, "stages.1.2.norm1", classifier, lambda: network(inputs), 4)
+    assert all(re.fullmatch(r"stages\.\d(\.\d)?", layer) for layer in layers)
