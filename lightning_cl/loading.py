@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_cl.callbacks import EarlyExits
 from lightning_cl.exits import ExitNetwork
-from lightning_cl.exits.network import ATTRIBUTE
+from lightning_cl.taps import EXITS
 from lightning_cl.tasks.exit_evaluation import ExitRecord
 from lightning_cl.tasks.head import HeadCallback
 
@@ -42,7 +42,7 @@ def load(checkpoint: str | Path, module_class: type[Module], weights_only: bool 
     """
     trusted: dict[str, Any] = {} if weights_only else {"weights_only": False}
     content = torch.load(checkpoint, map_location="cpu", weights_only=weights_only)
-    exits = {name: tensor for name, tensor in content["state_dict"].items() if name.startswith(f"{ATTRIBUTE}.")}
+    exits = {name: tensor for name, tensor in content["state_dict"].items() if name.startswith(f"{EXITS}.")}
     source: Any = _without(content, exits) if exits else checkpoint
     module = module_class.load_from_checkpoint(source, map_location="cpu", **trusted, **arguments)
     states = content.get("callbacks")
@@ -79,7 +79,7 @@ def _attach_exits(module: nn.Module, state: dict[str, Any], saved: dict[str, Any
             " `trainer.predict(module, ckpt_path=...)` and an EarlyExits that has the same `head`."
         )
     network = ExitNetwork(spec, spec["head"])
-    weights = {name.removeprefix(f"{ATTRIBUTE}."): tensor for name, tensor in saved.items()}
+    weights = {name.removeprefix(f"{EXITS}."): tensor for name, tensor in saved.items()}
     network.heads.load_state_dict(weights or state["heads"])
     hooks = network.attach(module)
     record = ExitRecord()

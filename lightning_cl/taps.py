@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+EXITS = "early_exits"  # where exit heads are in a module, none of which is its classification layer
+
 _own_outputs: ContextVar[bool] = ContextVar("own_outputs", default=False)
 
 
@@ -112,8 +114,14 @@ def own_outputs() -> Iterator[None]:
 
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
-    """Return the linear layers of a module by name."""
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+    """Return the linear layers of a module by name, without those of its exit heads."""
+    return {name: layer for name, layer in _own_layers(module) if isinstance(layer, nn.Linear)}
+
+
+def _own_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, layer in module.named_modules():
+        if EXITS not in name.split("."):
+            yield name, layer
 
 
 def layer_named(module: nn.Module, name: str, argument: str = "head") -> nn.Module:
@@ -158,7 +166,7 @@ def find_head(module: nn.Module, num_classes: int | None, head: str | None) -> s
 
 
 def _pointwise_convolutions(module: nn.Module) -> Iterator[tuple[str, nn.Conv2d]]:
-    for name, layer in module.named_modules():
+    for name, layer in _own_layers(module):
         if isinstance(layer, nn.Conv2d) and set(layer.kernel_size) == {1}:
             yield name, layer
 

@@ -18,10 +18,10 @@ from typing_extensions import override
 
 from lightning_cl.arguments import check_choice
 from lightning_cl.exits import ExitHooks, ExitNetwork
-from lightning_cl.exits.network import ATTRIBUTE
 from lightning_cl.heads.exit_heads import ExitHeadKind
 from lightning_cl.heads.exit_rules import Confidence
 from lightning_cl.reporting.exits import exit_figures, print_exits, write_exits
+from lightning_cl.taps import EXITS
 from lightning_cl.tasks import ContinualCallback, Task, TaskClock
 from lightning_cl.tasks.evaluation import find_call
 from lightning_cl.tasks.exit_evaluation import (
@@ -127,7 +127,8 @@ class EarlyExits(ContinualCallback):
         super().setup(trainer, pl_module, stage)
         self._take_off()
         if stage == "fit":
-            self._clock, self._stream = check_fit(trainer, pl_module, self.plan, self.correction == "tlc")
+            answers, corrects = self.threshold is not None, self.correction == "tlc"
+            self._clock, self._stream = check_fit(trainer, pl_module, self.plan, answers, corrects)
             self.network, self._answers, self.record = None, False, ExitRecord()
 
         def build() -> None:
@@ -164,9 +165,9 @@ class EarlyExits(ContinualCallback):
     def _put_on(self, pl_module: LightningModule) -> None:
         if self.network is None:
             return
-        if hasattr(pl_module, ATTRIBUTE):
+        if hasattr(pl_module, EXITS):
             raise MisconfigurationException(
-                f"{type(pl_module).__name__} has an attribute {ATTRIBUTE!r} already, which is where EarlyExits puts its"
+                f"{type(pl_module).__name__} has an attribute {EXITS!r} already, which is where EarlyExits puts its"
                 " heads. Rename it."
             )
         self.network.attach(pl_module)
@@ -202,7 +203,7 @@ class EarlyExits(ContinualCallback):
                 f" {self.network.spec['layers']}. Use the same `layers`."
             )
         for name, tensor in state["heads"].items():
-            checkpoint["state_dict"].setdefault(f"{ATTRIBUTE}.{name}", tensor)
+            checkpoint["state_dict"].setdefault(f"{EXITS}.{name}", tensor)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -17,8 +17,7 @@ from lightning_cl.exits.points import (
     layers_matching,
 )
 from lightning_cl.heads.exit_heads import ExitHeadKind, build_exit_head
-
-ATTRIBUTE = "early_exits"
+from lightning_cl.taps import EXITS
 
 
 class ExitNetwork:
@@ -105,7 +104,7 @@ class ExitNetwork:
 
     def attach(self, root: nn.Module) -> ExitHooks:
         """Put heads and hooks on a module."""
-        root.add_module(ATTRIBUTE, self.heads)
+        root.add_module(EXITS, self.heads)
         points = [
             ExitPoint(layer, torch.zeros(0, *shape), written_over)
             for layer, shape, written_over in zip(
@@ -125,7 +124,7 @@ class ExitNetwork:
             return
         self._rest.remove()
         self.hooks.remove()
-        delattr(self._root, ATTRIBUTE)
+        delattr(self._root, EXITS)
         self._root = self.hooks = self._rest = None
 
     def _costs(self, until: Sequence[int], total: int, samples: int) -> list[float]:

@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 from lightning_cl.exits import ExitNetwork
 from lightning_cl.heads.exit_heads import ExitHeadKind
 from lightning_cl.taps import find_head
+from lightning_cl.tasks import compat
 from lightning_cl.tasks.batches import as_labels
 from lightning_cl.tasks.clock import TaskClock
 from lightning_cl.tasks.evaluation import held_still, sample_batches
 from lightning_cl.tasks.exit_phases import PhasePlan
+from lightning_cl.tasks.head import heads_of
 from lightning_cl.tasks.module_call import ModuleCall
 from lightning_cl.tasks.stream import ReplayStream
 
@@ -23,7 +26,7 @@ _SAMPLES = 8
 
 
 def check_fit(
-    trainer: Trainer, pl_module: LightningModule, plan: PhasePlan, needs_classes: bool
+    trainer: Trainer, pl_module: LightningModule, plan: PhasePlan, answers: bool, corrects: bool
 ) -> tuple[TaskClock, ReplayStream]:
     """Return clock and tasks of a fit that can train exits.
 
@@ -31,7 +34,8 @@ def check_fit(
         trainer: The Trainer.
         pl_module: The module.
         plan: The phases of each task.
-        needs_classes: Whether each task must have classes of its own.
+        answers: Whether predictions are the exits'.
+        corrects: Whether they are corrected for each task, which then must have classes of its own.
 
     Raises:
         MisconfigurationException: If it cannot, saying why.
@@ -47,9 +51,20 @@ def check_fit(
             f"EarlyExits adds the losses of its heads to that of `training_step`, and {type(pl_module).__name__}"
             " optimises manually. Use automatic optimisation."
         )
+    if any(isinstance(callback, WeightAveraging) for callback in compat.callbacks_of(trainer)):
+        raise MisconfigurationException(
+            "WeightAveraging copies the module before EarlyExits has put its heads there, so it would average weights"
+            " that do not go together. Take one out."
+        )
+    others = [type(callback).__name__ for callback in heads_of(trainer)]
+    if others and (answers or corrects):
+        raise MisconfigurationException(
+            f"EarlyExits and {others[0]} would both answer in place of the classification layer. Take one out, or leave"
+            " out `threshold` and `correction` of EarlyExits."
+        )
     tasks = clock.stream.tasks
     labels = [label for task in tasks for label in task.classes or ()]
-    if needs_classes and not (all(task.classes for task in tasks) and len(set(labels)) == len(labels)):
+    if corrects and not (all(task.classes for task in tasks) and len(set(labels)) == len(labels)):
         raise MisconfigurationException(
             "`correction='tlc'` adds a constant to the classes of each task, and these tasks share classes or have"
             " none. Say `correction='none'`."

@@ -18,6 +18,7 @@ from lightning_cl.callbacks import (
     ContinualMetrics,
     DarkExperienceReplay,
     EarlyExits,
+    NearestMeanClassifier,
     Replay,
     StabilityGapTracker,
 )
@@ -344,6 +345,18 @@ def test_replay_goes_with_exits_in_any_order(regime, replay):
         _, module = fit_stream(callbacks, Deep, DigitsData(), max_epochs=2)
         ends.append([dict(module.state_dict()), exits.state_dict()])
     assert same(*ends)
+
+
+def test_a_nearest_mean_head_answers_for_a_network_whose_exits_are_trained():
+    """No exit head is taken for the classification layer."""
+    ends = []
+    for exits in ([], [EarlyExits(LAYERS, "disjoint", phase_epochs=[1, 1], print_table=False)]):
+        head, metrics = NearestMeanClassifier(), ContinualMetrics(print_table=False, compare_heads=True)
+        callbacks = [Replay(20), head, metrics, *exits, StabilityGapTracker(probe_size=10)]
+        fit_stream(callbacks, Deep, DigitsData(), max_epochs=1 + len(exits))
+        ends.append([metrics.matrix[0, 0], head.state_dict()["layer"]])
+    assert ends[0][1] == ends[1][1] == "net.6"
+    assert ends[0][0] == ends[1][0]  # one epoch of the network in both
 
 
 def test_losses_of_each_row_are_weighed_by_replay():

@@ -3,24 +3,25 @@
 import pytest
 import torch
 from command_line import OPTIONS, error_of, options_for
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from numbered_streams import fit_stream
 from torch import nn
 
-from lightning_cl.callbacks import EarlyExits, Replay
+from lightning_cl.callbacks import EarlyExits, NearestMeanClassifier, Replay
 from lightning_cl.cli import main
 from lightning_cl.datamodules import DomainIncremental
 from tests.modules import BrightnessData, DigitsData, Manual, Plain, Regression, TwoHeads, quiet_trainer
 
 
-def _refused(exits, match, module=Plain, **settings):
+def _refused(exits, match, module=Plain, callbacks=(), **settings):
     class NeverTrained(module):
         def training_step(self, batch, batch_idx):
             raise AssertionError("training had begun")
 
     NeverTrained.__name__ = NeverTrained.__qualname__ = module.__name__
     with pytest.raises(MisconfigurationException, match=match) as caught:
-        fit_stream([exits], NeverTrained, **{"data": DigitsData(), "max_epochs": 2, **settings})
+        fit_stream([exits, *callbacks], NeverTrained, **{"data": DigitsData(), "max_epochs": 2, **settings})
     return str(caught.value)
 
 
@@ -144,6 +145,18 @@ def test_a_checkpoint_of_another_run(saved, match, tmp_path):
     trainer, _ = fit_stream(saved, Plain, DigitsData(), max_epochs=2)
     trainer.save_checkpoint(tmp_path / "other.ckpt")
     _refused(EarlyExits(["net.0"], "joint"), match, ckpt_path=tmp_path / "other.ckpt")
+
+
+def test_averaged_weights():
+    _refused(
+        EarlyExits(["net.0"]), "WeightAveraging copies the module before EarlyExits", callbacks=[WeightAveraging()]
+    )
+
+
+@pytest.mark.parametrize("options", [{"threshold": 0.5}, {"correction": "tlc"}], ids=str)
+def test_two_that_would_answer(options):
+    message = "EarlyExits and NearestMeanClassifier would both answer"
+    _refused(EarlyExits(["net.0"], **options), message, callbacks=[NearestMeanClassifier()])
 
 
 class LooksAcross(Plain):
