@@ -44,8 +44,8 @@ class EarlyExits(ContinualCallback):
 
     The heads are built from a dry run and are part of the module during a Trainer call: its optimizer, DDP and
     checkpoints have them, under ``early_exits``. In eval mode, with a `threshold`, a sample that a head is sure of
-    leaves the batch at its layer, so that the layers after it compute the others alone; what the module's own forward,
-    validation and prediction see is the batch in its order.
+    leaves the batch at its layer, so that the layers after it compute the others alone; what the classification layer
+    puts out is the whole batch in its order.
 
     Args:
         layers: Names of the layers with exits, or patterns as in ``layer?``; "auto:3" finds three that divide the
@@ -170,7 +170,10 @@ class EarlyExits(ContinualCallback):
                 f"{type(pl_module).__name__} has an attribute {EXITS!r} already, which is where EarlyExits puts its"
                 " heads. Rename it."
             )
-        self.network.attach(pl_module)
+        try:
+            self.network.attach(pl_module)
+        except ValueError as error:
+            raise MisconfigurationException(f"EarlyExits: {error}") from None
         self.hooks.confidence = self.confidence
         self._set_hooks()
         if self.threshold is not None and self.network.mixing_layer is not None:

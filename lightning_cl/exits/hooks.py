@@ -34,6 +34,8 @@ class ExitHooks:
         silent: Whether heads say nothing while the network trains.
         correction: What is made of logits in eval mode before anybody looks at them, the classification layer's too.
         removes_rows: Whether rows leave the batch, or go to the end and take the answer of their exit with them.
+        keeps_one: Whether one row goes on when all have left, for networks that cannot do with none.
+        calls: How often the network was called in this training step.
         logits: What each exit said of the last batch, the classification layer last; in training and `collecting`.
         taken: The exit that each row of the last batch took, in eval mode with a threshold.
 
@@ -57,12 +59,16 @@ class ExitHooks:
         self.silent = False
         self.correction: Callable[[Tensor], Tensor] | None = None
         self.removes_rows = True
+        self.keeps_one = False
+        self.calls = 0
         self.logits: list[Tensor] = []
         self.taken: Tensor | None = None
         self._root = root
         self._points = points
         self._heads = heads
         self._collects = False
+        self._passes = False  # a call without gradients in a training step, such as for an accuracy
+        self._straggler = False  # one row goes on although all have left
         self._rows: Tensor | None = None  # the rows of the batch that are still in the network
         self._left: list[tuple[Tensor, Tensor]] = []  # rows that left, and their logits
         self._predictions: list[Tensor] = []  # of the rows that are still there, by exit
@@ -91,10 +97,14 @@ class ExitHooks:
         """How many heads there are, the classification layer among them."""
         return len(self._layers)
 
+    def begin_step(self) -> None:
+        """Forget the last training step."""
+        self.logits, self.calls = [], 0
+
     @property
     def nobody_left(self) -> bool:
         """Whether all rows of the batch that is in the network have left it."""
-        return self._rows is not None and len(self._rows) == 0 and self.removes_rows
+        return self._rows is not None and len(self._rows) == 0 and self.removes_rows and not self._straggler
 
     @property
     def _looks(self) -> bool:
@@ -107,18 +117,29 @@ class ExitHooks:
         def hook(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
             if layer is not self._layers[position]:  # a copy of the network, which has no exits
                 return None
-            if position == 0:  # a new batch
-                self.logits, self._left, self._predictions = [], [], []
-                self._rows = self.taken = None
+            if position == 0:
+                self._begin_batch()
+            if self._passes:
+                return None
             if self._looks:
                 if not (self.silent and self._root.training):
                     self.logits.append(self._heard(head, output, point))
                 return None
-            if self.threshold is None or len(output) == 0:
+            if self.threshold is None or len(output) == 0 or self._straggler:
                 return None
             return self._let_go(output, self._corrected(head(output)), position, self.threshold)
 
         return hook  # type: ignore[no-any-return]
+
+    def _begin_batch(self) -> None:
+        training = self._root.training
+        self._passes = training and not self.detached and not torch.is_grad_enabled()
+        if self._passes:
+            return
+        self.calls += training
+        self.logits, self._left, self._predictions = [], [], []
+        self._rows = self.taken = None
+        self._straggler = False
 
     def _heard(self, head: nn.Module, output: Tensor, point: ExitPoint) -> Tensor:
         features = output.clone() if point.written_over else output
@@ -148,7 +169,12 @@ class ExitHooks:
         self.taken[rows] = position  # type: ignore[index]
         self._rows = self._rows[stays]
         self._predictions = [predictions[stays] for predictions in self._predictions]
-        return output[stays] if self.removes_rows else None
+        if not self.removes_rows:
+            return None
+        # layers at rest know the shape of the dry run alone
+        known = output.shape[1:] == self._points[position].features.shape[1:]
+        self._straggler = len(stays) == 0 and (self.keeps_one or not known)
+        return output[:1] if self._straggler else output[stays]
 
     def _confidences(self, logits: Tensor, position: int) -> Tensor:
         if self.confidence != "patience":
@@ -161,6 +187,8 @@ class ExitHooks:
     def _at_end(self, layer: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
         if layer is not self._layers[-1]:
             return None
+        if self._passes:
+            return None
         if self._root.training:
             self.logits.append(output)
             return None
@@ -171,7 +199,8 @@ class ExitHooks:
             return None if self.correction is None else corrected
         output = corrected
         whole = output.new_empty(len(self.taken), *output.shape[1:])  # type: ignore[arg-type]
-        whole[self._rows] = output if self.removes_rows else output[self._rows]
+        if not self._straggler:
+            whole[self._rows] = output if self.removes_rows else output[self._rows]
         for rows, logits in self._left:
             whole[rows] = logits.to(whole)
         self._rows, self._left = None, []
@@ -189,14 +218,17 @@ class LayersAtRest:
 
     def __init__(self, root: nn.Module, shapes: dict[str, tuple[int, ...]], hooks: ExitHooks) -> None:
         self._layers = [layer_named(root, name) for name in shapes]
+        self._before = [vars(layer).get("forward") for layer in self._layers]
         for layer, shape in zip(self._layers, shapes.values(), strict=True):
             layer.forward = _Resting(layer.forward, shape, hooks)
 
     def remove(self) -> None:
         """Let them compute again."""
-        for layer in self._layers:
+        for layer, before in zip(self._layers, self._before, strict=True):
             del layer.forward
-        self._layers = []
+            if before is not None:
+                layer.forward = before
+        self._layers, self._before = [], []
 
 
 class _Resting:

@@ -1,13 +1,14 @@
 """The exits of one module as a whole: built by a dry run, put on, taken off, and made again from what was saved."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_cl.exits.hooks import ExitHooks, LayersAtRest
-from lightning_cl.exits.placement import answers_of, layers_at_equal_costs, rows_can_leave
+from lightning_cl.exits.placement import all_can_leave, answers_of, layers_at_equal_costs, rows_can_leave
 from lightning_cl.exits.points import (
     ExitPoint,
     Run,
@@ -38,7 +39,7 @@ class ExitNetwork:
         self.heads = nn.ModuleList(
             build_exit_head(head, torch.zeros(2, *shape), spec["num_classes"], seed)
             for seed, shape in enumerate(spec["shapes"])
-        )
+        ).to(getattr(torch, spec["dtype"]))
         self._root: nn.Module | None = None
         self._rest: LayersAtRest | None = None
 
@@ -65,7 +66,7 @@ class ExitNetwork:
         Raises:
             ValueError: If a layer cannot have an exit, or its head gives no logits.
         """
-        logits = answers_of(root, classifier, run)
+        _, logits = answers_of(root, classifier, run)
         if logits.dim() != 2:
             raise ValueError(
                 f"{classifier!r} puts out {tuple(logits.shape)}; exits need logits of shape (batch, classes)."
@@ -75,6 +76,7 @@ class ExitNetwork:
         else:
             names = layers_matching(root, layers)
         points = find_exit_points(root, names, classifier, run, samples)
+        rest = layers_after(root, points[0].layer, classifier, run, samples)
         until, total = flops_until(root, [point.layer for point in points], run)
         spec = {
             "layers": [point.layer for point in points],
@@ -83,9 +85,12 @@ class ExitNetwork:
             "classifier": classifier,
             "num_classes": logits.shape[1],
             "head": None if isinstance(head, nn.Module) else head,
-            "rest": {name: list(shape) for name, shape in layers_after(root, points[0].layer, classifier, run).items()},
+            "rest": {name: list(shape) for name, shape in rest.items()},
+            "dtype": str(points[0].features.dtype).removeprefix("torch."),
+            "keeps_one": not all_can_leave(root, points, rest, classifier, run, samples),
         }
         network = cls(spec, head)
+        network.heads.to(points[0].features.device)
         spec["costs"] = network._costs([until[point.layer] for point in points], total, samples)
         mixing = (p.layer for p in points if not rows_can_leave(root, p.layer, classifier, run, samples))
         spec["mixing_layer"] = next(mixing, None)
@@ -104,6 +109,10 @@ class ExitNetwork:
 
     def attach(self, root: nn.Module) -> ExitHooks:
         """Put heads and hooks on a module."""
+        known = dict(root.named_modules())
+        missing = [name for name in (*self.spec["layers"], self.spec["classifier"]) if name not in known]
+        if missing:
+            raise ValueError(f"The exits are of another module: {type(root).__name__} has no layer {missing[0]!r}.")
         root.add_module(EXITS, self.heads)
         points = [
             ExitPoint(layer, torch.zeros(0, *shape), written_over)
@@ -114,6 +123,7 @@ class ExitNetwork:
         self._root = root
         self.hooks = ExitHooks(root, points, list(self.heads), self.spec["classifier"])
         self.hooks.removes_rows = self.mixing_layer is None
+        self.hooks.keeps_one = self.spec["keeps_one"]
         shapes = {name: tuple(shape) for name, shape in self.spec["rest"].items()}
         self._rest = LayersAtRest(root, shapes, self.hooks)
         return self.hooks
@@ -131,7 +141,12 @@ class ExitNetwork:
         """Count the operations up to each exit with all heads until there."""
         heads, costs = 0, []
         for flops, head, shape in zip(until, self.heads, self.spec["shapes"], strict=True):
-            heads += flops_until(head, [], lambda h=head, s=shape: h.eval()(torch.zeros(samples, *s)))[1]  # type: ignore[misc]
+            heads += flops_until(head, [], partial(_try, head, samples, shape))[1]
             head.train()
             costs.append((flops + heads) / total)
         return [*costs, 1 + heads / total]
+
+
+def _try(head: nn.Module, samples: int, shape: Sequence[int]) -> None:
+    like = next(head.parameters(), torch.zeros(()))
+    head.eval()(torch.zeros(samples, *shape, dtype=like.dtype, device=like.device))

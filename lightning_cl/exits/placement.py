@@ -1,13 +1,13 @@
 """Where rows may leave a network, and places for exits at equal shares of its cost."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_cl.exits.hooks import ExitHooks
+from lightning_cl.exits.hooks import ExitHooks, LayersAtRest
 from lightning_cl.exits.points import ExitPoint, Run
 
 
@@ -18,19 +18,19 @@ class _Place(NamedTuple):
     flops: int
 
 
-def answers_of(root: nn.Module, classifier: str, run: Run) -> Tensor:
-    """Return what the classification layer puts out, before rows that left are put back."""
-    kept: list[Tensor] = []
+def answers_of(root: nn.Module, classifier: str, run: Run) -> tuple[Tensor, Tensor]:
+    """Return what the classification layer gets and puts out, before rows that left are put back."""
+    kept: list[tuple[Tensor, Tensor]] = []
 
     def keep(layer: nn.Module, inputs: Any, output: Tensor) -> None:
-        kept.append(output.detach())
+        kept.append((inputs[0].detach().float(), output.detach().float()))
 
     handle = root.get_submodule(classifier).register_forward_hook(keep, prepend=True)
     try:
         run()
     finally:
         handle.remove()
-    return kept[-1].float()
+    return kept[-1]
 
 
 def rows_can_leave(root: nn.Module, layer: str, classifier: str, run: Run, samples: int) -> bool:
@@ -45,16 +45,53 @@ def rows_can_leave(root: nn.Module, layer: str, classifier: str, run: Run, sampl
     """
     whole = answers_of(root, classifier, run)
     leaving = torch.arange(samples) % 2 == 0
-    hooks = _Forced(root, layer, whole.shape[1], classifier, leaving)
+    hooks = _Forced(root, ExitPoint(layer, torch.zeros(0), False), whole[1].shape[1], classifier, leaving)
     try:
-        answers = answers_of(root, classifier, run)
+        parts = answers_of(root, classifier, run)
     except Exception:  # whatever a module does with the wrong number of rows
         return False
     finally:
         hooks.remove()
-    stayed = whole[~leaving.to(whole.device)]
-    tolerance = 1e-3 * float(whole.abs().max()) + 1e-6
-    return answers.shape == stayed.shape and torch.allclose(answers, stayed, rtol=1e-3, atol=tolerance)
+    # a classification layer that begins with zeros gives all the same answer, but not the same input
+    return all(_alike(part, rows[~leaving.to(rows.device)]) for part, rows in zip(parts, whole, strict=True))
+
+
+def all_can_leave(
+    root: nn.Module,
+    points: Sequence[ExitPoint],
+    rest: dict[str, tuple[int, ...]],
+    classifier: str,
+    run: Run,
+    samples: int,
+) -> bool:
+    """Return whether a network can do with a batch of no rows after each of its exits; tried.
+
+    Args:
+        root: The module.
+        points: The exits.
+        rest: The layers that then compute nothing, with the shape of one row.
+        classifier: Name of the classification layer.
+        run: Calls the module on a batch; for use in eval mode.
+        samples: Rows of that batch.
+    """
+    classes = answers_of(root, classifier, run)[1].shape[1]
+    for point in points:
+        hooks = _Forced(root, point, classes, classifier, torch.ones(samples, dtype=torch.bool))
+        layers = LayersAtRest(root, rest, hooks)
+        try:
+            if len(answers_of(root, classifier, run)[1]) > 0:
+                return False
+        except Exception:  # such as a view of -1 columns
+            return False
+        finally:
+            layers.remove()
+            hooks.remove()
+    return True
+
+
+def _alike(part: Tensor, rows: Tensor) -> bool:
+    tolerance = 1e-3 * float(rows.abs().max()) + 1e-6
+    return part.shape == rows.shape and torch.allclose(part, rows, rtol=1e-3, atol=tolerance)
 
 
 def layers_at_equal_costs(root: nn.Module, classifier: str, run: Run, samples: int, count: int) -> list[str]:
@@ -129,11 +166,11 @@ def _places(root: nn.Module, classifier: str, run: Run, samples: int) -> tuple[l
 class _Forced(ExitHooks):
     """Lets the same rows leave, however sure the exit is."""
 
-    def __init__(self, root: nn.Module, layer: str, num_classes: int, classifier: str, leaving: Tensor) -> None:
+    def __init__(self, root: nn.Module, point: ExitPoint, num_classes: int, classifier: str, leaving: Tensor) -> None:
         self._leaving = leaving
         head = nn.Module()
         head.forward = lambda features: features.new_zeros(len(features), num_classes)
-        super().__init__(root, [ExitPoint(layer, torch.zeros(0), False)], [head], classifier)
+        super().__init__(root, [point], [head], classifier)
         self.threshold = 0.5
 
     def _confidences(self, logits: Tensor, position: int) -> Tensor:

@@ -80,11 +80,13 @@ def find_exit_points(
         for handle in handles:
             handle.remove()
     order = [name for name, _, _ in calls]
+    # dropout in place writes in training alone
+    drops = any(getattr(layer, "inplace", False) and "drop" in type(layer).__name__.lower() for layer in root.modules())
     points = []
     for name, output, version in calls:
         if name != classifier:
             _check_point(name, output, order, classifier, samples)
-            points.append(ExitPoint(name, output.detach(), output._version != version))
+            points.append(ExitPoint(name, output.detach(), drops or output._version != version))
     for name in layers:
         if name not in order:
             raise ValueError(f"`layers`: {name!r} is not called when {type(root).__name__} answers.")
@@ -136,10 +138,10 @@ def flops_until(root: nn.Module, layers: Sequence[str], run: Run) -> tuple[dict[
     return until, counter.get_total_flops()
 
 
-def layers_after(root: nn.Module, layer: str, classifier: str, run: Run) -> dict[str, tuple[int, ...]]:
+def layers_after(root: nn.Module, layer: str, classifier: str, run: Run, samples: int) -> dict[str, tuple[int, ...]]:
     """Return the outermost layers that are called once and as a whole after an exit, with the shape of one row.
 
-    Where no row is left they have nothing to compute.
+    They get and put out a row for each sample: where no row is left they have nothing to compute.
     """
     began: dict[str, bool] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -159,7 +161,7 @@ def layers_after(root: nn.Module, layer: str, classifier: str, run: Run) -> dict
                 state["open"] = True
             elif name == classifier:
                 state["open"] = False
-            elif began.get(name) and state["open"] and isinstance(output, Tensor) and output.dim() > 1:
+            elif began.get(name) and state["open"] and all(_has_rows(v, samples) for v in (output, *inputs[:1])):
                 shapes[name] = tuple(output.shape[1:])
 
         return hook
@@ -168,6 +170,10 @@ def layers_after(root: nn.Module, layer: str, classifier: str, run: Run) -> dict
         run()
     whole = [name for name in shapes if calls[name] == 1]
     return {name: shapes[name] for name in whole if not any(name.startswith(f"{outer}.") for outer in whole)}
+
+
+def _has_rows(value: Any, samples: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 1 and len(value) == samples
 
 
 @contextmanager

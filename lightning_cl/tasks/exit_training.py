@@ -81,14 +81,21 @@ class ExitTraining:
         """Call the module's training step on a batch, and return what it returned with the loss of the phase."""
         if self.phase == "network":
             return _with_loss(step(batch), partial(_found_by_ddp, trainer, self._heads.parameters()))
+        for module in self._modes:  # the module's own hooks may have set it to train
+            module.training = False
+        hooks.begin_step()
         with torch.no_grad() if self.phase == "heads" else nullcontext():
             outputs = step(batch)
+        if not isinstance(outputs.get("loss") if isinstance(outputs, dict) else outputs, Tensor):
+            return outputs  # the module skips this batch
         logits = hooks.logits[:-1]
         targets = as_labels(structure.find_targets(batch))
-        if not logits or len(logits[0]) != len(targets):
+        # on a network that stands still all calls are without gradients, and the last one counts
+        if not logits or len(logits[0]) != len(targets) or (hooks.calls > 1 and self.phase != "heads"):
+            rows = len(logits[0]) if logits else "no"
             raise ValueError(
-                f"The exits of EarlyExits saw {len(logits[0]) if logits else 'no'} rows in a step of {len(targets)}"
-                " samples. `training_step` must call the network once, with a row for each sample of its batch."
+                f"The exits of EarlyExits saw {rows} rows in {hooks.calls} calls in a step of {len(targets)} samples."
+                " `training_step` must call the network once with gradients, with a row for each sample of its batch."
             )
         *weights, own_weight = self._weights(len(logits))
 

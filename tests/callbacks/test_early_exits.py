@@ -6,14 +6,14 @@ from functools import lru_cache
 import pytest
 import torch
 import torch.nn.functional as F
-from exit_streams import LAYERS, Deep
+from exit_streams import LAYERS, Deep, Weights
+from exit_streams import fit_exits as _fit
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from nearest_means import TEST_IMAGES, DigitsToPredict, predictions
 from numbered_streams import Judge, fit_stream, same, same_weights
 from torch import nn
 
-import lightning_cl
 from lightning_cl.callbacks import (
     ContinualMetrics,
     DarkExperienceReplay,
@@ -28,26 +28,6 @@ from lightning_cl.tasks.exit_phases import depth_weights
 from tests.modules import CLASSIFIERS, DigitsData, quiet_trainer
 
 REGIMES = ["joint", "mixed", "disjoint"]
-
-
-def _fit(regime="joint", module=Deep, others=(), exits=None, **settings):
-    exits = exits or EarlyExits(LAYERS, regime=regime, threshold="auto:5pp", correction="tlc", print_table=False)
-    settings = {"max_epochs": 2, **settings}
-    data = settings.pop("data", None) or DigitsToPredict()
-    trainer, fitted = fit_stream([*others, exits], module, data, **settings)
-    return exits, trainer, fitted
-
-
-class Weights(Callback):
-    """Keeps what the network and the heads hold at the end of each epoch."""
-
-    def __init__(self):
-        self.network, self.heads = [], []
-
-    def on_train_epoch_end(self, trainer, pl_module):
-        state = {name: tensor.clone() for name, tensor in pl_module.state_dict().items()}
-        self.heads.append({name: tensor for name, tensor in state.items() if name.startswith("early_exits")})
-        self.network.append({name: tensor for name, tensor in state.items() if not name.startswith("early_exits")})
 
 
 # ------------------------------------------------------------------ regimes
@@ -373,31 +353,3 @@ def test_losses_of_each_row_are_weighed_by_replay():
     rows, _, _ = _fit("joint", module=PerRow, others=[Replay(20)])
     for name, tensor in mean.state_dict()["heads"].items():
         torch.testing.assert_close(tensor, rows.state_dict()["heads"][name])
-
-
-# ------------------------------------------------------------------ without a Trainer
-
-
-@pytest.mark.parametrize("when", ["in the fit", "after it"])
-def test_a_loaded_module_answers_as_its_run_did_and_lets_samples_leave(when, tmp_path):
-    keeper = ModelCheckpoint(tmp_path, "in the fit", every_n_epochs=6)
-    exits = EarlyExits(LAYERS, "joint", threshold=0.25)
-    _, trainer, module = _fit(exits=exits, others=[Replay(30), keeper], enable_checkpointing=True)
-    trainer.save_checkpoint(tmp_path / "after it.ckpt")
-    expected = predictions(trainer, module)
-    loaded = lightning_cl.load(tmp_path / f"{when}.ckpt", Deep)
-    rows = []
-    handle = loaded.net[6].register_forward_pre_hook(lambda layer, inputs: rows.append(len(inputs[0])))
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(TEST_IMAGES), expected)
-    handle.remove()
-    assert 0 < rows[0] < len(TEST_IMAGES)
-    assert len(loaded.early_exits) == 2
-
-
-def test_heads_of_ones_own_cannot_be_loaded_without_their_class(tmp_path):
-    exits = EarlyExits(LAYERS, "joint", head=nn.LazyLinear(6))
-    _, trainer, _ = _fit(exits=exits)
-    trainer.save_checkpoint(tmp_path / "own.ckpt")
-    with pytest.raises(ValueError, match="exit heads of the user's own class"):
-        lightning_cl.load(tmp_path / "own.ckpt", Deep)

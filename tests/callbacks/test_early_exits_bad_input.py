@@ -3,7 +3,7 @@
 import pytest
 import torch
 from command_line import OPTIONS, error_of, options_for
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping, WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from numbered_streams import fit_stream
 from torch import nn
@@ -113,6 +113,16 @@ def test_phases_that_do_not_add_up():
 def test_phases_of_tasks_that_are_counted_in_steps():
     exits = EarlyExits(["net.0"])
     _refused(exits, "trains in phases, and the epochs of task 0 are unknown", max_epochs=-1, max_steps=6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "callbacks", "what"),
+    [({"max_steps": 4}, [], "`max_steps`"), ({}, [EarlyStopping("val_acc")], "early stopping")],
+    ids=["steps", "early stopping"],
+)
+def test_tasks_that_may_end_before_their_heads_are_trained(settings, callbacks, what):
+    message = f"`regime='mixed'` trains in phases of epochs, and {what} may end a task before"
+    _refused(EarlyExits(["net.0"]), message, callbacks=callbacks, **settings)
 
 
 class HasTheName(Plain):

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+import torchvision
 from networks import NETWORKS, hooked, network_with_exits
 from torch import nn
 
-from lightning_cl.exits import ExitHooks, ExitPoint, LayersAtRest, layers_after
+from lightning_cl.exits import ExitHooks, ExitNetwork, ExitPoint, LayersAtRest, layers_after
 from lightning_cl.heads.exit_rules import confidence_of, first_confident, patience_of
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
@@ -155,7 +156,7 @@ def test_when_all_have_left_the_layers_after_have_nothing_to_do():
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_at_rest_answers_the_same(name):
     network, points, heads, classifier, inputs = network_with_exits(name)
-    shapes = layers_after(network, points[0].layer, classifier, lambda: network(inputs[:2]))
+    shapes = layers_after(network, points[0].layer, classifier, lambda: network(inputs[:2]), 2)
     assert shapes
     hooks = ExitHooks(network, points, heads, classifier)
     hooks.threshold = 0.0
@@ -203,3 +204,157 @@ def test_detached_heads_send_nothing_into_the_network(name):
     sum(logits.square().sum() for logits in hooks.logits[:-1]).backward()
     assert all(parameter.grad is None for parameter in network.parameters())
     assert all(parameter.grad is not None for head in hooks._heads for parameter in head.parameters())
+
+
+# ------------------------------------------------------------------ networks that cannot do with no rows
+
+
+class Views(nn.Module):
+    """Takes its features apart as many do, with -1 for their number."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(1, 4, 3, padding=1)
+        self.fc = nn.Linear(4 * 64, 5)
+
+    def forward(self, images):
+        features = self.first(images).relu()
+        return self.fc(features.view(features.size(0), -1))
+
+
+class Positions(nn.Module):
+    """Adds an embedding of positions after its exit."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, 6)
+        self.positions = nn.Embedding(8, 6)
+        self.mix = nn.Linear(6, 6)
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, images):
+        tokens = self.first(images[:, 0])
+        tokens = tokens + self.positions(torch.arange(tokens.shape[1]))
+        return self.fc(self.mix(tokens).mean(1))
+
+
+class SequenceFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, 6)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(6, 2, 8, 0.0), 1, enable_nested_tensor=False)
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, images):
+        tokens = self.first(images[:, 0])
+        return self.fc(self.encoder(tokens.transpose(0, 1)).mean(0))
+
+
+def _network_of(root, inputs):
+    root.eval()
+    return ExitNetwork.find(root, ["first"], "fc", lambda: root(inputs), len(inputs), "pool")
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("build", [Views, Positions, SequenceFirst])
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_all_may_leave_whatever_comes_after(build, size, threshold):
+    torch.manual_seed(0)
+    root, inputs = build(), torch.randn(8, 1, 8, 8)
+    network = _network_of(root, inputs)
+    assert network.mixing_layer is None
+    hooks = network.attach(root.eval())
+    expected, taken, _ = _offline(root, hooks, inputs, threshold)
+    hooks.threshold = threshold
+    answers, exits = [], []
+    for part in inputs.split(size):
+        answers.append(root(part))
+        exits.append(hooks.taken)
+    network.detach()
+    torch.testing.assert_close(torch.cat(answers), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(torch.cat(exits), taken)
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(1, 4, 3, padding=1)
+        self.second = nn.Conv2d(4, 4, 3, padding=1)
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, images):
+        features = self.first(images)
+        return self.fc((features + self.second(features)).mean((2, 3)))
+
+
+def test_images_may_have_another_size_than_in_the_dry_run():
+    root = Residual()
+    network = _network_of(root, torch.randn(8, 1, 8, 8))
+    hooks = network.attach(root.eval())
+    hooks.threshold = 0.0
+    assert root(torch.randn(4, 1, 12, 12)).shape == (4, 5)
+    assert hooks.taken.tolist() == [0] * 4
+    network.detach()
+
+
+class Centred(nn.Module):
+    """Looks across the batch, before a layer that begins with zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, 6)
+        self.fc = nn.Linear(6, 5)
+        nn.init.zeros_(self.fc.weight)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, images):
+        hidden = self.first(images[:, 0, 0])
+        return self.fc(hidden - hidden.mean(0))
+
+
+def test_looking_across_the_batch_is_noticed_before_a_layer_of_zeros():
+    assert _network_of(Centred(), torch.randn(8, 1, 8, 8)).mixing_layer == "first"
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "efficientnet_b0"])
+@torch.enable_grad()
+def test_dropout_in_place_after_an_exit_does_not_break_training(name):
+    root = getattr(torchvision.models, name)(num_classes=5)
+    inputs = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        network = ExitNetwork.find(root.eval(), ["avgpool"], name_of(root), lambda: root(inputs), 4, "pool")
+    hooks = network.attach(root.train())
+    root(inputs)
+    sum(logits.square().sum() for logits in hooks.logits).backward()
+    network.detach()
+
+
+def name_of(root):
+    """The last linear layer."""
+    return [name for name, layer in root.named_modules() if isinstance(layer, nn.Linear)][-1]
+
+
+def test_a_forward_that_somebody_put_on_a_layer_comes_back():
+    root, inputs = Residual(), torch.randn(8, 1, 8, 8)
+    network = _network_of(root, inputs)
+    mine = root.second.forward
+    root.second.forward = mine
+    network.attach(root)
+    network.detach()
+    assert vars(root.second)["forward"] is mine
+
+
+def test_exits_go_on_no_other_module():
+    network, other = _network_of(Residual(), torch.randn(8, 1, 8, 8)), nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="exits are of another module: Sequential has no layer 'first'"):
+        network.attach(other)
+    assert not hasattr(other, "early_exits")
+
+
+def test_heads_have_the_precision_of_their_features():
+    root = Residual().double()
+    network = _network_of(root, torch.randn(8, 1, 8, 8).double())
+    hooks = network.attach(root)
+    hooks.threshold = 0.0
+    assert root(torch.randn(2, 1, 8, 8).double()).dtype == torch.float64
+    network.detach()

@@ -121,7 +121,7 @@ def test_flops_rise_from_exit_to_exit(name):
 
 def test_the_outermost_layers_after_an_exit():
     network, inputs, _, classifier = _network("resnet32")
-    after = layers_after(network, "stages.1.2", classifier, lambda: network(inputs))
+    after = layers_after(network, "stages.1.2", classifier, lambda: network(inputs), 2)
     assert after == {"stages.1.3": (32, 4, 4), "stages.1.4": (32, 4, 4), "stages.2": (64, 2, 2), "pool": (64, 1, 1)}
 
 
