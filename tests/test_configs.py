@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 EXPERIMENTS = [path for path in CONFIGS if path.stem != "ddp"]
 DATA = Path(os.environ.get("LIGHTNING_CL_DATA", ROOT.parent / "shared" / "data"))
+LONG = {"nmc_cub200", "nmc_split_cifar100"}  # a large network for many tasks
 QUICK = ["--trainer.fast_dev_run=1", "--trainer.accelerator=cpu"]
 
 
@@ -77,7 +78,11 @@ def test_digits_config_runs_as_it_is(path: Path) -> None:
     assert cli.trainer.global_step == cli.datamodule.num_tasks
 
 
-@pytest.mark.parametrize("path", [p for p in EXPERIMENTS if "digits" not in p.stem], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=pytest.mark.slow) if p.stem in LONG else p for p in EXPERIMENTS if "digits" not in p.stem],
+    ids=lambda path: path.stem,
+)
 def test_config_runs_on_arrays_of_its_shape(path: Path, tmp_path: Path) -> None:
     model = _config(path)["model"]["init_args"]
     arrays = _write_arrays(tmp_path, model["num_classes"], model.get("input_shape", [3, 32, 32]))

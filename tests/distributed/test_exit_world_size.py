@@ -10,6 +10,7 @@ from benchmarks.resume import differences
 from tests.distributed.exit_runs import Run, run_all
 from tests.distributed.nearest_mean_runs import NoisyNormedNet
 
+pytestmark = pytest.mark.slow
 RUNS = {regime: Run(regime) for regime in ("joint", "mixed", "disjoint")}
 NORMED = Run("disjoint", NoisyNormedNet)
 ENDS: dict[int, dict[Run, list[dict[str, Any]]]] = {}
