@@ -37,7 +37,7 @@ def _ends(run: Run, ranks: int) -> list[dict[str, Any]]:
     return ENDS[ranks][run]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", RUNS)
 def test_prototypes_are_those_of_a_run_on_one(name: str, ranks: int) -> None:
     [one] = _ends(RUNS[name], 1)
@@ -48,7 +48,7 @@ def test_prototypes_are_those_of_a_run_on_one(name: str, ranks: int) -> None:
             torch.testing.assert_close(head["prototypes"], expected["prototypes"], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", RUNS)
 def test_predictions_are_those_of_a_run_on_one(name: str, ranks: int) -> None:
     [one] = _ends(RUNS[name], 1)
@@ -57,7 +57,7 @@ def test_predictions_are_those_of_a_run_on_one(name: str, ranks: int) -> None:
         assert end["predictions"] == one["predictions"]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", RUNS)
 def test_accuracies_are_those_of_a_run_on_one(name: str, ranks: int) -> None:
     [one] = _ends(RUNS[name], 1)
@@ -65,7 +65,7 @@ def test_accuracies_are_those_of_a_run_on_one(name: str, ranks: int) -> None:
         torch.testing.assert_close(end["matrix"], one["matrix"], atol=1e-6, rtol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_where_all_layers_are_trained_prototypes_follow_the_weights(ranks: int) -> None:
     # weights differ in float rounding between numbers of ranks
     [one] = _ends(TRAINED, 1)
@@ -76,7 +76,8 @@ def test_where_all_layers_are_trained_prototypes_follow_the_weights(ranks: int) 
 @pytest.mark.parametrize(
     ("run", "ranks"),
     [
-        *((run, ranks) for run in (*RUNS.values(), TRAINED) for ranks in (2, 4)),
+        *((run, 2) for run in (*RUNS.values(), TRAINED)),
+        *(pytest.param(run, 4, marks=pytest.mark.slow) for run in (*RUNS.values(), TRAINED)),
         *((r, 2) for r in OF_THEIR_RANK.values()),
     ],
 )

@@ -33,7 +33,7 @@ def _ends(run: Run, ranks: int) -> list[dict[str, Any]]:
     return ENDS[ranks][run]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", RUNS)
 def test_each_rank_tracks_the_accuracies_of_a_run_on_one(name: str, ranks: int) -> None:
     expected = _ends(RUNS[name], 1)[0]
@@ -44,6 +44,7 @@ def test_each_rank_tracks_the_accuracies_of_a_run_on_one(name: str, ranks: int) 
         assert {**end["figures"]} == pytest.approx(expected["figures"], nan_ok=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FEW)
 def test_a_rank_may_be_without_a_sample(name: str) -> None:
     """They track what one rank does, or the run is refused before its first step."""
