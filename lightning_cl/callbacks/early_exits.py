@@ -7,12 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -222,8 +221,8 @@ class EarlyExits(ContinualCallback):
                     f"`threshold={self.threshold!r}` is chosen on validation data, and task {task.index} ({task.name})"
                     " has none. Say `val_fraction=0.1` on the task sequence to hold some training data out."
                 )
-        self._call, _ = find_call(trainer, pl_module, self.stream, head=self._spec["classifier"])
-        self.record.make_room(len(self.stream.tasks), len(self._costs))
+        self._call, _ = find_call(trainer, pl_module, self.stream, head=self.found.spec["classifier"])
+        self.record.make_room(len(self.stream.tasks), len(self.found.costs))
         self._enter_epoch(pl_module)
 
     @override
@@ -270,7 +269,7 @@ class EarlyExits(ContinualCallback):
         if not self.record.scores:
             return
         if self._points_to_lose is not None:
-            self.record.choose(self._costs, self._points_to_lose)
+            self.record.choose(self.found.costs, self._points_to_lose)
             self._set_hooks()
         figures = self.figures
         logged = {f"exits/{name}": figures[name] for name in ("accuracy", "cost")}
@@ -303,17 +302,7 @@ class EarlyExits(ContinualCallback):
         record = self.record
         if not record.scores:
             return {}
-        return exit_figures(record.scores, self._costs, self.threshold_in_use, record.accuracies)
-
-    @property
-    def _spec(self) -> dict[str, Any]:
-        if self.network is None:
-            raise RuntimeError("EarlyExits has no heads before a fit.")
-        return self.network.spec
-
-    @property
-    def _costs(self) -> Tensor:
-        return torch.tensor(self._spec["costs"])
+        return exit_figures(record.scores, self.found.costs, self.threshold_in_use, record.accuracies)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -357,11 +346,16 @@ class EarlyExits(ContinualCallback):
         return self._training
 
     @property
-    def heads(self) -> nn.ModuleList:
-        """The exit heads, in the order in which a sample meets them."""
+    def found(self) -> ExitNetwork:
+        """The exits of the module that was fitted."""
         if self.network is None:
             raise RuntimeError("EarlyExits has no heads before a fit.")
-        return self.network.heads
+        return self.network
+
+    @property
+    def heads(self) -> nn.ModuleList:
+        """The exit heads, in the order in which a sample meets them."""
+        return self.found.heads
 
     @property
     def hooks(self) -> ExitHooks:

@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_cl.memory import Selection
+from lightning_cl.tasks.added_loss import with_loss
 from lightning_cl.tasks.batches import count_rows
 from lightning_cl.tasks.replay import ReplayCallback, Start, Storage
 from lightning_cl.tasks.replay_plan import Mix
@@ -92,10 +93,7 @@ class Replay(ReplayCallback):
         draw = self.stream.training_draw
         if draw is not None:
             self._check_rows(count_rows(batch), draw.rows)
-        outputs = step(batch)
-        if isinstance(outputs, dict) and isinstance(outputs.get("loss"), Tensor):
-            return {**outputs, "loss": self._reduce(outputs["loss"])}
-        return self._reduce(outputs) if isinstance(outputs, Tensor) else outputs
+        return with_loss(step(batch), self._reduce)
 
     def _reduce(self, loss: Tensor) -> Tensor:
         rows = None if loss.numel() == 1 else self.stream.replay_rows

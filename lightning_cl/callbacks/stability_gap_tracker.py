@@ -1,6 +1,6 @@
 """The accuracy on every task at every step, and the gaps in it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from lightning_cl.tasks.module_call import ModuleCall
 from lightning_cl.tasks.probes import Probes, choose
 from lightning_cl.tasks.provisional_head import ProvisionalHead
 from lightning_cl.tasks.stream import ReplayStream
+from lightning_cl.tasks.task import classes_apart
 
 
 class StabilityGapTracker(ContinualCallback):
@@ -128,7 +129,7 @@ class StabilityGapTracker(ContinualCallback):
         self._heads = [type(head).__name__ for head in heads]
         if self.compare_heads or not heads:
             self._heads.append("classification layer")
-        self._classes = _classes_apart(self._stream.tasks)
+        self._classes = [torch.tensor(own) for own in classes_apart(self._stream.tasks)]
         monitors = (str(getattr(callback, "monitor", None)) for callback in compat.callbacks_of(trainer))
         self._followed = {monitor for monitor in monitors if monitor.startswith("stability/")}
         check_followers(trainer, clock, self._followed)
@@ -293,10 +294,3 @@ class StabilityGapTracker(ContinualCallback):
             figures.update(measured)
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=compat.logged_step(trainer))
-
-
-def _classes_apart(tasks: Sequence[Task]) -> list[Tensor]:
-    """Return the classes of each task; nothing where some are unknown or come in several tasks."""
-    classes = [tuple(task.classes or ()) for task in tasks]
-    labels = [label for own in classes for label in own]
-    return [torch.tensor(own) for own in classes] if all(classes) and len(set(labels)) == len(labels) else []

@@ -37,6 +37,15 @@ def added_loss(pl_module: LightningModule, batch: Any, batch_idx: int, outputs: 
     return terms.total(batch, batch_idx, outputs)
 
 
+def with_loss(outputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Change the loss in what a training step returned; one that skips its batch returned nothing."""
+    if isinstance(outputs, Tensor):
+        return change(outputs)
+    if isinstance(outputs, dict) and isinstance(outputs.get("loss"), Tensor):
+        return {**outputs, "loss": change(outputs["loss"])}
+    return outputs
+
+
 class LossTerms:
     """Lets callbacks act around the training step, and computes and logs the terms of those that have one."""
 
@@ -91,11 +100,7 @@ class LossTerms:
                     " `manual_backward`."
                 )
             return outputs
-        if isinstance(outputs, Tensor):
-            return outputs + self.total(batch, batch_idx, outputs)
-        if isinstance(outputs, dict):
-            return {**outputs, "loss": outputs["loss"] + self.total(batch, batch_idx, outputs)}
-        return outputs
+        return with_loss(outputs, lambda loss: loss + self.total(batch, batch_idx, outputs))
 
     def _call_around(self, callback: ContinualCallback, batch_idx: int, step: Callable[[Any], Any], batch: Any) -> Any:
         return callback.around_training_step(self._trainer, self._pl_module, batch, batch_idx, step)

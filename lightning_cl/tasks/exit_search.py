@@ -21,6 +21,7 @@ from lightning_cl.tasks.exit_phases import PhasePlan
 from lightning_cl.tasks.head import heads_of
 from lightning_cl.tasks.module_call import ModuleCall
 from lightning_cl.tasks.stream import ReplayStream
+from lightning_cl.tasks.task import classes_apart
 
 _SAMPLES = 8
 
@@ -63,8 +64,7 @@ def check_fit(
             " out `threshold` and `correction` of EarlyExits."
         )
     tasks = clock.stream.tasks
-    labels = [label for task in tasks for label in task.classes or ()]
-    if corrects and not (all(task.classes for task in tasks) and len(set(labels)) == len(labels)):
+    if corrects and not classes_apart(tasks):
         raise MisconfigurationException(
             "`correction='tlc'` adds a constant to the classes of each task, and these tasks share classes or have"
             " none. Say `correction='none'`."

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_cl.exits import ExitHooks, ExitNetwork
+from lightning_cl.tasks.added_loss import with_loss
 from lightning_cl.tasks.batches import BatchStructure, as_labels
 from lightning_cl.tasks.exit_phases import Phase, PhasePlan, depth_weights
 
@@ -80,7 +81,7 @@ class ExitTraining:
     ) -> Any:
         """Call the module's training step on a batch, and return what it returned with the loss of the phase."""
         if self.phase == "network":
-            return _with_loss(step(batch), partial(_found_by_ddp, trainer, self._heads.parameters()))
+            return with_loss(step(batch), partial(_found_by_ddp, trainer, self._heads.parameters()))
         for module in self._modes:  # the module's own hooks may have set it to train
             module.training = False
         hooks.begin_step()
@@ -108,7 +109,7 @@ class ExitTraining:
                 return _found_by_ddp(trainer, pl_module.parameters(), added)
             return own_weight * own + added
 
-        return _with_loss(outputs, change)
+        return with_loss(outputs, change)
 
     def drop_gradients(self, optimizer: Optimizer) -> None:
         """Take the gradients of what the phase does not train from an optimizer that is about to step."""
@@ -134,15 +135,6 @@ class ExitTraining:
         if self._loss_weights == "uniform":
             return [1 / (exits + (self.phase != "heads"))] * (exits + 1)
         return list(self._loss_weights)
-
-
-def _with_loss(outputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Change the loss in what a training step returned; one that skips its batch returned nothing."""
-    if isinstance(outputs, Tensor):
-        return change(outputs)
-    if isinstance(outputs, dict) and isinstance(outputs.get("loss"), Tensor):
-        return {**outputs, "loss": change(outputs["loss"])}
-    return outputs
 
 
 def _found_by_ddp(trainer: Trainer, parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """What a task is."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -17,3 +18,18 @@ class Task:
     index: int
     name: str
     classes: tuple[int, ...] | None = None
+
+
+def classes_apart(tasks: Sequence[Task]) -> list[tuple[int, ...]]:
+    """Return the classes of each task; nothing where some are unknown or come in several tasks.
+
+    Example::
+
+        >>> classes_apart([Task(0, "first", (0, 1)), Task(1, "second", (2,))])
+        [(0, 1), (2,)]
+        >>> classes_apart([Task(0, "first", (0, 1)), Task(1, "second", (1,))])
+        []
+    """
+    classes = [tuple(task.classes or ()) for task in tasks]
+    labels = [label for own in classes for label in own]
+    return classes if all(classes) and len(set(labels)) == len(labels) else []
