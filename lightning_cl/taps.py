@@ -49,7 +49,7 @@ class LayerTap:
         # taps come and go, and a compiled module must not be compiled again for each
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def keep(layer: nn.Module, inputs: Any, named: dict[str, Any], output: Any) -> None:
-            first = _first_tensor(inputs, named)
+            first = first_tensor(inputs, named)
             if first is not None:
                 self.inputs[name] = first
             if isinstance(output, Tensor):
@@ -88,8 +88,8 @@ class OutputReplacement:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, layer: nn.Module, inputs: Any, named: dict[str, Any], output: Tensor) -> Tensor | None:
         """Return what the head makes of the layer's input, or ``None`` to keep the output."""
-        features = _first_tensor(inputs, named)
-        if self.head is None or features is None or self._root.training or _own_outputs.get():
+        features = first_tensor(inputs, named)
+        if self.head is None or features is None or self._root.training or wants_own_outputs():
             return None
         scores: Tensor = self.head.to(features.device)(features)
         return scores.to(torch.promote_types(scores.dtype, output.dtype))
@@ -99,7 +99,8 @@ class OutputReplacement:
         self._handle.remove()
 
 
-def _first_tensor(inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor | None:
+def first_tensor(inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor | None:
+    """Return the first tensor that a layer was called with."""
     return next((value for value in (*inputs, *named.values()) if isinstance(value, Tensor)), None)
 
 
@@ -111,6 +112,11 @@ def own_outputs() -> Iterator[None]:
         yield
     finally:
         _own_outputs.reset(token)
+
+
+def wants_own_outputs() -> bool:
+    """Return whether an `own_outputs` block is open."""
+    return _own_outputs.get()
 
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:

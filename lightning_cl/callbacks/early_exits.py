@@ -1,28 +1,25 @@
 """Exits inside the network: heads that are trained with it, and samples that leave early."""
 
-import copy
 import re
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_cl.arguments import check_choice
 from lightning_cl.exits import ExitHooks, ExitNetwork
+from lightning_cl.heads.exit_ensemble import Ensemble
 from lightning_cl.heads.exit_heads import ExitHeadKind
 from lightning_cl.heads.exit_rules import Confidence
 from lightning_cl.reporting.exits import exit_figures, print_exits, write_exits
-from lightning_cl.taps import EXITS
-from lightning_cl.tasks import ContinualCallback, Task, TaskClock
+from lightning_cl.tasks import Task
 from lightning_cl.tasks.evaluation import find_call
+from lightning_cl.tasks.exit_callback import AddedLosses, ExitCallback
 from lightning_cl.tasks.exit_evaluation import (
     ExitRecord,
     classes_seen,
@@ -30,15 +27,15 @@ from lightning_cl.tasks.exit_evaluation import (
     points_to_lose,
     score_exits,
 )
+from lightning_cl.tasks.exit_fit import ExitFit
+from lightning_cl.tasks.exit_losses import Distill, ExitLosses, LossWeights
 from lightning_cl.tasks.exit_phases import PhasePlan, Regime
-from lightning_cl.tasks.exit_search import check_fit, find_exits
-from lightning_cl.tasks.exit_training import ExitTraining, LossWeights
-from lightning_cl.tasks.module_call import ModuleCall
-from lightning_cl.tasks.overrides import InstanceOverrides
-from lightning_cl.tasks.stream import ReplayStream
+from lightning_cl.tasks.exit_prototypes import ExitPrototypes
+from lightning_cl.tasks.exit_search import check_fit, check_validation_data, find_exits
+from lightning_cl.tasks.exit_training import ExitTraining
 
 
-class EarlyExits(ContinualCallback):
+class EarlyExits(ExitCallback):
     """Train exit heads inside a network, and let samples leave where a head is sure (arXiv 2407.14320).
 
     The heads are built from a dry run and are part of the module during a Trainer call: its optimizer, DDP and
@@ -59,6 +56,13 @@ class EarlyExits(ContinualCallback):
             "auto:0.5pp" takes, at the end of each task, the cheapest whose accuracy on the validation data of the tasks
             seen is at most 0.5 points below that of the whole network.
         confidence: What sure is: the largest probability, a low entropy, or predictions that repeat ("patience").
+        ensemble: "cascade" shows each head what the one before said; "geometric" also lets exits answer with a weighted
+            mean of all predictions so far (Zero-Time-Waste, NeurIPS 2021).
+        distill: Whom each exit imitates beside the labels: the "last" head, the "next", or all "later" ones.
+        losses: Which heads the terms of other callbacks are for, such as those of `DarkExperienceReplay`: the network's
+            own, or "all_exits".
+        exit_classifier: "nearest_mean" answers in eval mode, at each exit and at the end, with the class whose mean
+            feature is nearest: of past classes from the replay memory, of the others from the task's data.
         correction: "tlc" adds a constant to the logits of each old task, the same at all exits, in eval mode: fitted to
             training samples of the newest task at its end, so that old tasks are not passed over (arXiv 2403.07404).
         classifier: Name of the classification layer; found by its number of outputs if ``None``.
@@ -73,8 +77,6 @@ class EarlyExits(ContinualCallback):
         0.9
     """
 
-    acts_innermost = True  # replay may give the module other rows
-
     def __init__(
         self,
         layers: list[str] | str,
@@ -84,157 +86,105 @@ class EarlyExits(ContinualCallback):
         phase_epochs: list[int] | None = None,
         threshold: float | str | None = None,
         confidence: Confidence = "max_softmax",
+        ensemble: Ensemble = "none",
+        distill: Distill | None = None,
+        losses: AddedLosses = "last_head",
+        exit_classifier: Literal["head", "nearest_mean"] = "head",
         correction: Literal["none", "tlc"] = "none",
         classifier: str | None = None,
         print_table: bool = True,
     ) -> None:
+        super().__init__(head, confidence, losses)
         auto = re.fullmatch(r"auto:([1-9]\d*)", layers) if isinstance(layers, str) else None
         if not layers or (isinstance(layers, str) and auto is None):
             raise ValueError(f"`layers` must be a list of layer names, or as in 'auto:3', got {layers!r}.")
         check_choice("regime", regime, ("disjoint", "joint", "mixed"))
-        if not isinstance(head, nn.Module):
-            check_choice("head", head, ("pool", "conv", "linear"))
-        if isinstance(loss_weights, str):
-            check_choice("loss_weights", loss_weights, ("uniform", "sdn"))
-        elif any(weight < 0 for weight in loss_weights):
-            raise ValueError(f"`loss_weights` must be 0 or more, got {loss_weights}.")
         self._points_to_lose = points_to_lose(threshold)
+        check_choice("ensemble", ensemble, ("none", "cascade", "geometric"))
+        check_choice("exit_classifier", exit_classifier, ("head", "nearest_mean"))
         check_choice("correction", correction, ("none", "tlc"))
-        check_choice("confidence", confidence, ("max_softmax", "entropy", "patience"))
+        if exit_classifier == "nearest_mean" and ensemble != "none":
+            raise ValueError(
+                f"`ensemble={ensemble!r}` joins what the heads say, and with `exit_classifier='nearest_mean'` they do"
+                " not answer. Leave one out."
+            )
         self.layers = layers
         self._wanted: list[str] | int = layers if auto is None else int(auto[1])  # type: ignore[assignment]
-        self.head = head
         self.loss_weights = loss_weights
         self.plan = PhasePlan(regime, phase_epochs)
         self.threshold = threshold
-        self.confidence: Confidence = confidence
+        self.ensemble: Ensemble = ensemble
+        self.exit_classifier = exit_classifier
         self.correction = correction
         self.classifier = classifier
         self.print_table = print_table
         self.record = ExitRecord()
-        self.network: ExitNetwork | None = None
+        self._losses = ExitLosses(loss_weights, distill)
         self._answers = False  # once heads have been trained
-        self._call: ModuleCall | None = None
         self._log_dir: str | None = None
-        self._overrides = InstanceOverrides()
-        self._training: ExitTraining | None = None
-        self._clock: TaskClock | None = None
-        self._stream: ReplayStream | None = None
+        self._fit: ExitFit | None = None
+        self._past: Any = None  # what prototypes are means of, from a checkpoint
 
     @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        self._take_off()
-        if stage == "fit":
-            answers, corrects = self.threshold is not None, self.correction == "tlc"
-            self._clock, self._stream = check_fit(trainer, pl_module, self.plan, answers, corrects)
-            self.network, self._answers, self.record = None, False, ExitRecord()
+    def begin_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        nearest = self.exit_classifier == "nearest_mean"
+        answers = self.threshold is not None or self.correction == "tlc" or nearest
+        clock, stream = check_fit(trainer, pl_module, self.plan, answers, self.correction == "tlc")
+        self._fit = ExitFit(clock, stream)
+        self._answers, self.record = False, ExitRecord()
 
-        def build() -> None:
-            if stage == "fit":
-                self._build(trainer, pl_module)
-            elif self.network is not None:
-                self._put_on(pl_module)
-
-        def setup(original: Callable[..., None], *args: Any, **named: Any) -> None:
-            original(*args, **named)
-            if not is_overridden("configure_model", pl_module):
-                build()
-
-        def configure_model(original: Callable[[], None]) -> None:
-            original()
-            if self.network is None or self.network.hooks is None:  # it may be called again
-                build()
-
-        # a module may build its layers in either
-        self._overrides.wrap(pl_module, "setup", setup)
-        self._overrides.wrap(pl_module, "configure_model", configure_model)
-        self._overrides.wrap(pl_module, "on_load_checkpoint", partial(self._before_load, pl_module))
-
-    def _build(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        network = find_exits(trainer, pl_module, self.stream, self._wanted, self.head, self.classifier)
-        if self.confidence == "patience" and len(network.heads) < 2:
+    @override
+    def build(self, trainer: Trainer, pl_module: LightningModule) -> ExitNetwork:
+        nearest = self.exit_classifier == "nearest_mean"
+        network = find_exits(
+            trainer, pl_module, self.fit.stream, self._wanted, self.head, self.classifier, self.ensemble, nearest
+        )
+        if self.confidence == "patience" and len(network.heads.heads) < 2:
             raise MisconfigurationException(
                 "`confidence='patience'` waits for predictions that repeat and needs at least 2 exits, got 1."
             )
-        self.network = network
-        self._training = ExitTraining(self.plan, self.loss_weights, network)
-        self._put_on(pl_module)
+        self.fit.training = ExitTraining(self.plan, self._losses, network)
+        return network
 
-    def _put_on(self, pl_module: LightningModule) -> None:
-        if self.network is None:
-            return
-        if hasattr(pl_module, EXITS):
-            raise MisconfigurationException(
-                f"{type(pl_module).__name__} has an attribute {EXITS!r} already, which is where EarlyExits puts its"
-                " heads. Rename it."
-            )
-        try:
-            self.network.attach(pl_module)
-        except ValueError as error:
-            raise MisconfigurationException(f"EarlyExits: {error}") from None
-        self.hooks.confidence = self.confidence
-        self._set_hooks()
-        if self.threshold is not None and self.network.mixing_layer is not None:
-            rank_zero_warn(
-                f"Samples cannot leave the batch at {self.network.mixing_layer!r}: what the network makes of the others"
-                " depends on them. They take the answers of their exits, but go all the way, so nothing is saved."
-            )
+    @override
+    def set_hooks(self, hooks: ExitHooks) -> None:
+        hooks.threshold, hooks.correction = self.threshold_in_use, self.record.corrects
 
-    def _before_load(
-        self, pl_module: LightningModule, original: Callable[..., None], checkpoint: dict[str, Any]
-    ) -> None:
-        """Make the heads of a checkpoint before its weights are loaded."""
-        original(checkpoint)
-        state = checkpoint.get("callbacks", {}).get(self.state_key)
-        if state is None:
-            if self.network is not None and "callbacks" in checkpoint:
-                raise MisconfigurationException(
-                    "The checkpoint is of a run without EarlyExits: it holds no exit heads. Take the callback out, or"
-                    " start from the module's weights alone."
-                )
-            return
-        if self.network is None:
-            self.network = ExitNetwork(state["spec"], self.head)
-            self._answers = state["answers"]
-            self.record.load_state_dict(state["record"])
-            self._put_on(pl_module)
-        elif self.network.spec["layers"] != state["spec"]["layers"]:
-            raise MisconfigurationException(
-                f"The checkpoint has exits at {state['spec']['layers']}, this EarlyExits at"
-                f" {self.network.spec['layers']}. Use the same `layers`."
-            )
-        for name, tensor in state["heads"].items():
-            checkpoint["state_dict"].setdefault(f"{EXITS}.{name}", tensor)
+    @property
+    @override
+    def lets_samples_leave(self) -> bool:
+        return self.threshold is not None
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.training.join(trainer.optimizers[0])  # before a checkpoint's optimizer state comes
+        self.fit.training.join(trainer.optimizers[0])  # before a checkpoint's optimizer state comes
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        fit = self.fit
         without_files = not trainer.loggers or trainer.fast_dev_run  # type: ignore[attr-defined]
         self._log_dir = None if without_files else trainer.log_dir
-        for task in self.stream.tasks:
-            if self._points_to_lose is not None and not self.stream.samples_of(task.index, "val"):
-                raise MisconfigurationException(
-                    f"`threshold={self.threshold!r}` is chosen on validation data, and task {task.index} ({task.name})"
-                    " has none. Say `val_fraction=0.1` on the task sequence to hold some training data out."
-                )
-        self._call, _ = find_call(trainer, pl_module, self.stream, head=self.found.spec["classifier"])
-        self.record.make_room(len(self.stream.tasks), len(self.found.costs))
+        if self._points_to_lose is not None:
+            check_validation_data(fit.stream, self.threshold)
+        call, _ = find_call(trainer, pl_module, fit.stream, head=self.found.spec["classifier"])
+        fit.call = call
+        if self.exit_classifier == "nearest_mean":
+            fit.prototypes = ExitPrototypes(self.found, fit.stream, call)
+            fit.prototypes.load_state_dict(self._past)
+        self.record.make_room(len(fit.stream.tasks), len(self.found.costs))
         self._enter_epoch(pl_module)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.training.join(trainer.optimizers[0])  # each task may have a new one
+        self.fit.training.join(trainer.optimizers[0])  # each task may have a new one
         self._enter_epoch(pl_module)
 
     def _enter_epoch(self, pl_module: LightningModule) -> None:
-        self.training.enter(pl_module, self.hooks, self.clock.progress.epochs, self.clock.planned_epochs)
-        if self.training.phase != "network":
+        clock, training = self.fit.clock, self.fit.training
+        training.enter(pl_module, self.hooks, clock.progress.epochs, clock.planned_epochs)
+        if training.phase != "network":
             self._answers = True
-            self._set_hooks()
+            self.set_hooks(self.hooks)
 
     @override
     def around_training_step(
@@ -245,23 +195,30 @@ class EarlyExits(ContinualCallback):
         batch_idx: int,
         step: Callable[[Any], Any],
     ) -> Any:
-        return self.training.step(trainer, pl_module, self.hooks, self.stream.structure, batch, step)
+        return self.fit.training.step(trainer, pl_module, self.hooks, self.fit.stream.structure, batch, step)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        self.training.drop_gradients(optimizer)
+        self.fit.training.drop_gradients(optimizer)
+
+    @override
+    def on_batch_trained(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
+        if self.fit.prototypes is not None and trainer.is_last_batch:
+            self.fit.prototypes.refresh(trainer, pl_module)
 
     @override
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
-        if self._call is None:
+        stream, call, rejected = self.fit.stream, self.fit.call, self.fit.clock.progress.rejected
+        if call is None:
             return
-        rejected = self.clock.progress.rejected
+        if self.fit.prototypes is not None:
+            self.fit.prototypes.commit(trainer, pl_module)
         if self.correction == "tlc":
-            fitted = fit_correction(trainer, pl_module, self.stream, self.hooks, self._call, rejected)
-            self.record.correction = fitted, classes_seen(self.stream, task.index, rejected)
-            self._set_hooks()
+            fitted = fit_correction(trainer, pl_module, stream, self.hooks, call, rejected)
+            self.record.correction = fitted, classes_seen(stream, task.index, rejected)
+            self.set_hooks(self.hooks)
         found = {
-            seen: score_exits(trainer, pl_module, self.stream, self.hooks, self._call, self.confidence, seen)
+            seen: score_exits(trainer, pl_module, stream, self.hooks, call, self.confidence, seen)
             for seen in range(task.index + 1)
             if seen not in rejected
         }
@@ -270,7 +227,7 @@ class EarlyExits(ContinualCallback):
             return
         if self._points_to_lose is not None:
             self.record.choose(self.found.costs, self._points_to_lose)
-            self._set_hooks()
+            self.set_hooks(self.hooks)
         figures = self.figures
         logged = {f"exits/{name}": figures[name] for name in ("accuracy", "cost")}
         pl_module.log_dict(logged, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
@@ -281,13 +238,10 @@ class EarlyExits(ContinualCallback):
             return
         figures = self.figures
         if self._log_dir is not None:
-            names = [task.name for task in self.stream.tasks]
+            names = [task.name for task in self.fit.stream.tasks]
             write_exits(Path(self._log_dir), figures, self.record.scores, names)
         if self.print_table:
             print_exits(figures)
-
-    def _set_hooks(self) -> None:
-        self.hooks.threshold, self.hooks.correction = self.threshold_in_use, self.record.corrects
 
     @property
     def threshold_in_use(self) -> float | None:
@@ -306,77 +260,38 @@ class EarlyExits(ContinualCallback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.training.wake()
+        self.fit.training.wake()
 
     @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._take_off()
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._take_off()
-
-    def _take_off(self) -> None:
-        self._overrides.undo()
-        if self._training is not None:
-            self._training.wake()
-        if self.network is not None:
-            self.network.detach()
-        self._stream = self._clock = self._training = self._call = None
+    def take_off(self) -> None:
+        super().take_off()
+        if self._fit is not None and self.network is not None:
+            self._past = self._sums
+            self._fit.training.wake()
+        self._fit = None
 
     @property
-    def stream(self) -> ReplayStream:
-        """The tasks of the running fit."""
-        if self._stream is None:
+    def fit(self) -> ExitFit:
+        """What belongs to the running fit."""
+        if self._fit is None:
             raise RuntimeError("EarlyExits was asked outside a fit.")
-        return self._stream
+        return self._fit
 
     @property
-    def clock(self) -> TaskClock:
-        """The clock of the running fit."""
-        if self._clock is None:
-            raise RuntimeError("EarlyExits was asked outside a fit.")
-        return self._clock
-
-    @property
-    def training(self) -> ExitTraining:
-        """How the heads are trained in the running fit."""
-        if self._training is None:
-            raise RuntimeError("EarlyExits was asked outside a fit.")
-        return self._training
-
-    @property
-    def found(self) -> ExitNetwork:
-        """The exits of the module that was fitted."""
-        if self.network is None:
-            raise RuntimeError("EarlyExits has no heads before a fit.")
-        return self.network
-
-    @property
-    def heads(self) -> nn.ModuleList:
-        """The exit heads, in the order in which a sample meets them."""
-        return self.found.heads
-
-    @property
-    def hooks(self) -> ExitHooks:
-        """What lets the heads answer, during a Trainer call."""
-        if self.network is None or self.network.hooks is None:
-            raise RuntimeError("EarlyExits was asked outside a Trainer call.")
-        return self.network.hooks
+    def _sums(self) -> Any:
+        prototypes = None if self._fit is None else self._fit.prototypes
+        return self._past if prototypes is None else prototypes.state_dict()
 
     @override
     def state_dict(self) -> dict[str, Any]:
         if self.network is None:
             return {}
-        # during a fit the module's own weights hold those of the heads
-        heads = {} if self.network.hooks is not None else self.heads.state_dict()
         return {
-            "spec": copy.deepcopy(self.network.spec),
+            **super().state_dict(),
             "threshold": self.threshold_in_use,
             "record": self.record.state_dict(),
-            "confidence": self.confidence,
             "answers": self._answers,
-            "heads": {name: tensor.cpu().clone() for name, tensor in heads.items()},
+            "past": self._sums,
         }
 
     @override
@@ -384,6 +299,9 @@ class EarlyExits(ContinualCallback):
         if self.network is None:
             return
         self._answers = state_dict["answers"]
+        self._past = state_dict["past"]
+        if self._fit is not None and self._fit.prototypes is not None:
+            self._fit.prototypes.load_state_dict(self._past)
         self.record.load_state_dict(state_dict["record"])
         if self.network.hooks is not None:
-            self._set_hooks()
+            self.set_hooks(self.network.hooks)

@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -12,13 +11,9 @@ from typing_extensions import override
 
 from lightning_cl.arguments import check_choice, check_count
 from lightning_cl.heads import ClassMeans, NearestMeanHead
-from lightning_cl.memory import ReplayMemory
 from lightning_cl.tasks import Task, compat
-from lightning_cl.tasks.batches import as_labels
-from lightning_cl.tasks.evaluation import evaluating, sample_batches
-from lightning_cl.tasks.head import HeadCallback, Source
-
-Prototypes = Literal["memory+current", "memory", "all"]
+from lightning_cl.tasks.head import HeadCallback
+from lightning_cl.tasks.stream_means import Prototypes, Source, StreamMeans, reduce_means
 
 
 class NearestMeanClassifier(HeadCallback):
@@ -69,15 +64,14 @@ class NearestMeanClassifier(HeadCallback):
         self.refresh = refresh
         self.normalize = normalize
         self.temperature = temperature
-        self._past: ClassMeans | None = None  # of tasks that are over, where no memory has their samples
-        self._current: ClassMeans | None = None  # of the current task's data, since the last batch
+        self._known_means: StreamMeans | None = None
         self._refreshed_at = -1  # optimizer steps
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._past = self._current = None
+            self._known_means = StreamMeans(self.stream, self.prototypes, [], self.normalize, self._features)
             self._refreshed_at = -1
             self._check_early_stopping(trainer)
 
@@ -96,16 +90,17 @@ class NearestMeanClassifier(HeadCallback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.prototypes == "memory" and self._memory is None:
+        if self.prototypes == "memory" and self.means.memory is None:
             raise MisconfigurationException(
                 "`prototypes='memory'` of NearestMeanClassifier needs a replay memory. Add `Replay(size=...)`, or say"
                 " `prototypes='all'`."
             )
         super().on_train_start(trainer, pl_module)
+        self.means.shapes = [self.shape]
 
     @override
     def on_batch_trained(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
-        self._current = None
+        self.means.forget_current()
         if self.refresh == "epoch":
             due = trainer.is_last_batch
         else:
@@ -116,17 +111,16 @@ class NearestMeanClassifier(HeadCallback):
 
     @override
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
-        self._current = None
+        self.means.forget_current()
 
     @override
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
         self._take_means(trainer, pl_module)
-        if self._sums_up:
-            self._past = self._summed_up(trainer, pl_module)
+        self.means.keep(trainer, pl_module)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        past = None if self._past is None else self._past.state_dict()
+        past = None if self._known_means is None else self._known_means.state_dict()
         options = {"normalize": self.normalize, "temperature": self.temperature}
         return {**super().state_dict(), **options, "past": past, "refreshed_at": self._refreshed_at}
 
@@ -137,12 +131,9 @@ class NearestMeanClassifier(HeadCallback):
                 f"The checkpoint's prototypes were taken with `normalize={state_dict['normalize']}`, this"
                 f" NearestMeanClassifier has `normalize={self.normalize}`."
             )
-        self._past = self._current = None
         self._refreshed_at = state_dict["refreshed_at"]
-        if state_dict["past"] is not None:
-            num_classes, width = state_dict["past"]["sums"].shape
-            self._past = ClassMeans(num_classes, width, self.normalize)
-            self._past.load_state_dict(state_dict["past"])
+        if self._known_means is not None:
+            self._known_means.load_state_dict(state_dict["past"])
         # a checkpoint may be tested at another temperature
         super().load_state_dict({**state_dict, "temperature": self.temperature})
 
@@ -156,50 +147,34 @@ class NearestMeanClassifier(HeadCallback):
         classifier.load_state_dict(state["classifier"])
         return classifier
 
-    @property
-    def _memory(self) -> ReplayMemory | None:
-        return None if self.stream.replay is None else self.stream.replay.memory
-
-    @property
-    def _sums_up(self) -> bool:
-        """Whether the sums of past tasks are kept, since no memory has their samples."""
-        return self.prototypes == "all" or (self.prototypes == "memory+current" and self._memory is None)
-
     @override
     def sources(self) -> dict[int, Source]:
-        task = self.stream.current_task.index
-        current = {} if self.prototypes == "memory" else {task: self._all_of(task)}
-        return {**self._remembered(), **current}
+        return self.means.sources()
 
     @override
     def learn_from(self, trainer: Trainer, rows: Iterable[tuple[Tensor, Tensor, Tensor]]) -> NearestMeanHead | None:
-        means = self._no_means(trainer.lightning_module)
+        means = self.means.empty(trainer.lightning_module)
         for features, labels, weights in rows:
-            means.update(features, labels, weights)
-        self._reduce(trainer, means)
-        if self._sums_up and self._past is not None:
-            means.add(self._past)
-        return self._head_of(means)
+            means[0].update(features, labels, weights)
+        reduce_means(trainer, means)
+        self.means.add_past(means)
+        return self._head_of(means[0])
 
-    def _all_of(self, task: int) -> Source:
-        return Source(torch.arange(self.stream.samples_of(task) or 0), self.stream.labels_of(task, read=False))
-
-    def _remembered(self) -> dict[int, Source]:
-        """Return the samples that come from the memory, by task."""
-        task, memory = self.stream.current_task.index, self._memory
-        if self._sums_up or memory is None:
-            return {}
-        tasks = [t for t in memory.task_counts if self.prototypes == "memory" or t != task]
-        return {t: Source(memory.indices[memory.tasks == t], memory.labels[memory.tasks == t].long()) for t in tasks}
+    @property
+    def means(self) -> StreamMeans:
+        """What the prototypes are means of, in the running fit."""
+        if self._known_means is None:
+            raise RuntimeError("NearestMeanClassifier was asked for its means before a fit.")
+        return self._known_means
 
     def refresh_now(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the means anew; to be called on all ranks."""
-        self._current = None
+        self.means.forget_current()
         self._take_means(trainer, pl_module)
 
     def _take_means(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._refreshed_at = trainer.global_step
-        head = self._head_of(self._summed_up(trainer, pl_module))
+        head = self._head_of(self.means.summed_up(trainer, pl_module)[0])
         if head is not None:
             self.learn(head)
 
@@ -211,36 +186,8 @@ class NearestMeanClassifier(HeadCallback):
         head.set_means(means)
         return head if bool(head.known.any()) else None
 
-    def _summed_up(self, trainer: Trainer, pl_module: LightningModule) -> ClassMeans:
-        """Return the sums over all samples that the prototypes are to be means of."""
-        means = self._no_means(pl_module)
-        if self._sums_up and self._past is not None:
-            means.add(self._past)
-        means.add(self._sums(trainer, pl_module, self._remembered()))
-        if self.prototypes != "memory":
-            if self._current is None:
-                task = self.stream.current_task.index
-                self._current = self._sums(trainer, pl_module, {task: self._all_of(task)})
-            means.add(self._current)
-        return means
-
-    def _sums(self, trainer: Trainer, pl_module: LightningModule, sources: dict[int, Source]) -> ClassMeans:
-        """Sum up features of samples, given by task, over all ranks."""
-        means = self._no_means(pl_module)
-        with evaluating(trainer, pl_module):
-            for task, source in sources.items():
-                for _, batch in sample_batches(trainer, pl_module, self.stream, task, source.indices):
-                    labels = as_labels(self.stream.structure.find_targets(batch))
-                    means.update(self.features_of(pl_module, batch), labels)
-        self._reduce(trainer, means)
-        return means
-
-    def _no_means(self, pl_module: LightningModule) -> ClassMeans:
-        return ClassMeans(*self.shape, self.normalize, pl_module.device)
-
-    def _reduce(self, trainer: Trainer, means: ClassMeans) -> None:
-        means.sums = trainer.strategy.reduce(means.sums, reduce_op="sum")
-        means.counts = trainer.strategy.reduce(means.counts, reduce_op="sum")
+    def _features(self, pl_module: LightningModule, batch: Any) -> list[Tensor]:
+        return [self.features_of(pl_module, batch)]
 
 
 def _is_loss(monitor: str) -> bool:

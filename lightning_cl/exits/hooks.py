@@ -1,17 +1,18 @@
 """Heads that answer inside a network, and rows that leave a batch there."""
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import update_wrapper
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lightning_cl.exits.heads import ExitHeads
 from lightning_cl.exits.points import ExitPoint
 from lightning_cl.heads.exit_rules import Confidence, confidence_of, patience_of
-from lightning_cl.taps import layer_named
+from lightning_cl.taps import first_tensor, layer_named, wants_own_outputs
+
+Collected = Literal["answers", "logits", "features"]
 
 
 class ExitHooks:
@@ -24,7 +25,7 @@ class ExitHooks:
     Args:
         root: The module whose ``training`` flag decides.
         points: The exits, in the order in which a sample meets them.
-        heads: One head for each.
+        heads: Their heads.
         classifier: Name of the classification layer.
 
     Attributes:
@@ -37,22 +38,22 @@ class ExitHooks:
         keeps_one: Whether one row goes on when all have left, for networks that cannot do with none.
         calls: How often the network was called in this training step.
         logits: What each exit said of the last batch, the classification layer last; in training and `collecting`.
+        features: What each exit got, pooled; in ``collecting("features")``.
         taken: The exit that each row of the last batch took, in eval mode with a threshold.
 
     Example::
 
         >>> network = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2))
         >>> _ = network[0].weight.data.copy_(torch.eye(2))
-        >>> hooks = ExitHooks(network.eval(), [ExitPoint("0", torch.zeros(1, 2), False)], [nn.Identity()], "1")
+        >>> points = [ExitPoint("0", torch.zeros(1, 2), False)]
+        >>> hooks = ExitHooks(network.eval(), points, ExitHeads([nn.Identity()]), "1")
         >>> hooks.threshold = 0.9
         >>> output = network(torch.tensor([[9.0, 0.0], [0.0, 0.1]]))
         >>> output[0], hooks.taken
         (tensor([9., 0.], grad_fn=<SelectBackward0>), tensor([0, 1]))
     """
 
-    def __init__(
-        self, root: nn.Module, points: Sequence[ExitPoint], heads: Sequence[nn.Module], classifier: str
-    ) -> None:
+    def __init__(self, root: nn.Module, points: Sequence[ExitPoint], heads: ExitHeads, classifier: str) -> None:
         self.threshold: float | None = None
         self.confidence: Confidence = "max_softmax"
         self.detached = False
@@ -62,19 +63,25 @@ class ExitHooks:
         self.keeps_one = False
         self.calls = 0
         self.logits: list[Tensor] = []
+        self.features: list[Tensor] = []
         self.taken: Tensor | None = None
         self._root = root
         self._points = points
         self._heads = heads
-        self._collects = False
+        self._collects: Collected | None = None
+        self._stops_at: int | None = None
         self._passes = False  # a call without gradients in a training step, such as for an accuracy
         self._straggler = False  # one row goes on although all have left
+        self._nearest = False  # nearest means answer
         self._rows: Tensor | None = None  # the rows of the batch that are still in the network
         self._left: list[tuple[Tensor, Tensor]] = []  # rows that left, and their logits
-        self._predictions: list[Tensor] = []  # of the rows that are still there, by exit
+        self._said: list[Tensor] = []  # by exit, of the rows that are still there
+        self._predictions: list[Tensor] = []  # by exit, of the same
         self._layers = [layer_named(root, name) for name in (*(point.layer for point in points), classifier)]
-        hooks = [*(self._at(position) for position in range(len(points))), self._at_end]
-        self._handles = [layer.register_forward_hook(hook) for layer, hook in zip(self._layers, hooks, strict=True)]
+        self._handles = [
+            layer.register_forward_hook(self._at(position)) for position, layer in enumerate(self._layers[:-1])
+        ]
+        self._handles.append(self._layers[-1].register_forward_hook(self._at_end, with_kwargs=True))
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -83,14 +90,29 @@ class ExitHooks:
         self._handles = []
 
     @contextmanager
-    def collecting(self) -> Iterator[None]:
-        """Let no row leave, and have `logits` of every exit, in eval mode."""
-        before, self._collects = self._collects, True
+    def collecting(self, what: Collected = "answers") -> Iterator[None]:
+        """Let no row leave, and hear every exit.
+
+        Args:
+            what: "answers" has in `logits` what the exits answer with in eval mode, and what their heads say in
+                training; "logits" has what the heads say in both. "features" has in `features` what they get.
+        """
+        before, self._collects = self._collects, what
         try:
             yield
         finally:
             self._collects = before
-            self.logits = []
+            self.logits, self.features = [], []
+
+    @contextmanager
+    def stopping_at(self, position: int) -> Iterator[None]:
+        """Let a call of the network in eval mode end with `ExitReached` at an exit, whoever may leave."""
+        self._stops_at = position
+        try:
+            with self.collecting():
+                yield
+        finally:
+            self._stops_at = None
 
     @property
     def count(self) -> int:
@@ -106,12 +128,8 @@ class ExitHooks:
         """Whether all rows of the batch that is in the network have left it."""
         return self._rows is not None and len(self._rows) == 0 and self.removes_rows and not self._straggler
 
-    @property
-    def _looks(self) -> bool:
-        return self._root.training or self._collects
-
     def _at(self, position: int) -> Callable[..., Tensor | None]:
-        point, head = self._points[position], self._heads[position]
+        point = self._points[position]
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def hook(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
@@ -121,13 +139,12 @@ class ExitHooks:
                 self._begin_batch()
             if self._passes:
                 return None
-            if self._looks:
-                if not (self.silent and self._root.training):
-                    self.logits.append(self._heard(head, output, point))
+            if self._root.training or self._collects:
+                self._hear(position, output.clone() if point.written_over else output)
                 return None
-            if self.threshold is None or len(output) == 0 or self._straggler:
+            if self.threshold is None or len(output) == 0 or self._straggler or wants_own_outputs():
                 return None
-            return self._let_go(output, self._corrected(head(output)), position, self.threshold)
+            return self._let_go(output, position, self.threshold)
 
         return hook  # type: ignore[no-any-return]
 
@@ -137,24 +154,42 @@ class ExitHooks:
         if self._passes:
             return
         self.calls += training
-        self.logits, self._left, self._predictions = [], [], []
+        self.logits, self.features, self._left, self._said, self._predictions = [], [], [], [], []
         self._rows = self.taken = None
         self._straggler = False
+        self._nearest = not training and self._heads.knows_means
 
-    def _heard(self, head: nn.Module, output: Tensor, point: ExitPoint) -> Tensor:
-        features = output.clone() if point.written_over else output
-        if not self._root.training:
-            return self._corrected(head(features))
-        if not self.detached:
-            return head(features)  # type: ignore[no-any-return]
-        with torch.enable_grad():  # the network may stand still
-            return head(features.detach())  # type: ignore[no-any-return]
+    def _hear(self, position: int, features: Tensor) -> None:
+        """Take down what an exit says, whoever may be sure."""
+        training = self._root.training
+        if self._collects == "features":
+            self.features.append(self._heads.pooled(position, features))
+        elif training and self.silent:
+            return
+        elif training and self.detached:
+            with torch.enable_grad():  # the network may stand still
+                self.logits.append(self._heads.say(position, features.detach(), self.logits))
+        elif training or self._collects == "logits":
+            self.logits.append(self._heads.say(position, features, self.logits))
+        else:
+            self.logits.append(self._answer(position, features))
+            if self._stops_at == position:
+                raise ExitReached(self.logits[-1])
+
+    def _answer(self, position: int, features: Tensor) -> Tensor:
+        """Return what an exit answers the rows that are there."""
+        if self._nearest:
+            return self._corrected(self._heads.nearest_to(position, features))
+        said = self._heads.say(position, features, self._said)
+        self._said = [*self._said, said] if self._heads.looks_back else [said]
+        return self._corrected(self._heads.answer(self._said))
 
     def _corrected(self, logits: Tensor) -> Tensor:
         return logits if self.correction is None else self.correction(logits)
 
-    def _let_go(self, output: Tensor, logits: Tensor, position: int, threshold: float) -> Tensor | None:
+    def _let_go(self, output: Tensor, position: int, threshold: float) -> Tensor | None:
         """Take down who leaves, and return the rows that stay; ``None`` if all do."""
+        logits = self._answer(position, output)
         if self._rows is None:
             self._rows = torch.arange(len(output), device=output.device)
             self.taken = torch.full_like(self._rows, len(self._points))
@@ -171,6 +206,8 @@ class ExitHooks:
         self._predictions = [predictions[stays] for predictions in self._predictions]
         if not self.removes_rows:
             return None
+        if self._heads.looks_back:
+            self._said = [said[stays] for said in self._said]
         # layers at rest know the shape of the dry run alone
         known = output.shape[1:] == self._points[position].features.shape[1:]
         self._straggler = len(stays) == 0 and (self.keeps_one or not known)
@@ -184,20 +221,33 @@ class ExitHooks:
         return so_far * position / len(self._points)  # as a share of the repeats up to the last head
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _at_end(self, layer: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
-        if layer is not self._layers[-1]:
+    def _at_end(self, layer: nn.Module, inputs: Any, named: dict[str, Any], output: Tensor) -> Tensor | None:
+        if layer is not self._layers[-1] or self._passes:
             return None
-        if self._passes:
+        if self._collects == "features":
+            features = first_tensor(inputs, named)
+            self.features.append(self._heads.pooled(len(self._points), output if features is None else features))
             return None
-        if self._root.training:
+        if self._root.training or self._collects == "logits":
             self.logits.append(output)
             return None
-        corrected = self._corrected(output)
+        if wants_own_outputs() and not self._collects:
+            return None
+        answer = self._last_answer(output, first_tensor(inputs, named))
         if self._collects:
-            self.logits.append(corrected)
-        if self._collects or self.threshold is None or self._rows is None or not self._left:
-            return None if self.correction is None else corrected
-        output = corrected
+            self.logits.append(answer)
+        return self._put_back(answer) if self._left else answer
+
+    def _last_answer(self, output: Tensor, features: Tensor | None) -> Tensor:
+        if self._straggler:
+            return output
+        if self._nearest and features is not None:
+            return self._corrected(self._heads.nearest_to(len(self._points), features).to(output.device))
+        combines = self._heads.ensemble is not None and len(self._said) == len(self._points)
+        return self._corrected(self._heads.answer([*self._said, output]) if combines else output)
+
+    def _put_back(self, output: Tensor) -> Tensor:
+        """Return the answers of all rows in their order."""
         whole = output.new_empty(len(self.taken), *output.shape[1:])  # type: ignore[arg-type]
         if not self._straggler:
             whole[self._rows] = output if self.removes_rows else output[self._rows]
@@ -207,43 +257,13 @@ class ExitHooks:
         return whole
 
 
-class LayersAtRest:
-    """Let layers put out an empty batch without computing anything when no row is left.
+class ExitReached(Exception):  # noqa: N818
+    """Ends a call of the network at an exit, since the layers after it are not wanted.
 
     Args:
-        root: The module.
-        shapes: The shape of one row that each layer puts out.
-        hooks: Know whether rows are left.
+        logits: The answer.
     """
 
-    def __init__(self, root: nn.Module, shapes: dict[str, tuple[int, ...]], hooks: ExitHooks) -> None:
-        self._layers = [layer_named(root, name) for name in shapes]
-        self._before = [vars(layer).get("forward") for layer in self._layers]
-        for layer, shape in zip(self._layers, shapes.values(), strict=True):
-            layer.forward = _Resting(layer.forward, shape, hooks)
-
-    def remove(self) -> None:
-        """Let them compute again."""
-        for layer, before in zip(self._layers, self._before, strict=True):
-            del layer.forward
-            if before is not None:
-                layer.forward = before
-        self._layers, self._before = [], []
-
-
-class _Resting:
-    """A layer's ``forward`` that knows when it has nothing to do; a copy of the layer has its own again."""
-
-    def __init__(self, forward: Callable[..., Any], shape: tuple[int, ...], hooks: ExitHooks) -> None:
-        self._forward = forward
-        self._shape = shape
-        self._hooks = hooks
-        update_wrapper(self, forward)
-
-    def __call__(self, *inputs: Any, **named: Any) -> Any:
-        if self._hooks.nobody_left and inputs and isinstance(inputs[0], Tensor):
-            return inputs[0].new_empty(0, *self._shape)
-        return self._forward(*inputs, **named)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self._forward, memo)
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__("the call ends at an exit")
+        self.logits = logits

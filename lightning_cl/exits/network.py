@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_cl.exits.hooks import ExitHooks, LayersAtRest
+from lightning_cl.exits.heads import ExitHeads
+from lightning_cl.exits.hooks import ExitHooks
 from lightning_cl.exits.placement import all_can_leave, answers_of, layers_at_equal_costs, rows_can_leave
 from lightning_cl.exits.points import (
     ExitPoint,
@@ -17,7 +18,10 @@ from lightning_cl.exits.points import (
     layers_after,
     layers_matching,
 )
-from lightning_cl.heads.exit_heads import ExitHeadKind, build_exit_head
+from lightning_cl.exits.rest import LayersAtRest
+from lightning_cl.heads import pool_positions
+from lightning_cl.heads.exit_ensemble import Ensemble
+from lightning_cl.heads.exit_heads import ExitHeadKind, build_exit_head, pool_features, seeded
 from lightning_cl.taps import EXITS
 
 
@@ -29,17 +33,20 @@ class ExitNetwork:
         head: The kind of head, or a module to copy.
 
     Attributes:
-        heads: One head for each exit, in the order in which a sample meets them.
+        heads: The heads of the exits, in the order in which a sample meets them.
         hooks: What lets them answer, while they are on a module.
     """
 
     def __init__(self, spec: dict[str, Any], head: ExitHeadKind | nn.Module) -> None:
         self.spec = spec
         self.hooks: ExitHooks | None = None
-        self.heads = nn.ModuleList(
-            build_exit_head(head, torch.zeros(2, *shape), spec["num_classes"], seed)
-            for seed, shape in enumerate(spec["shapes"])
-        ).to(getattr(torch, spec["dtype"]))
+        classes = spec["num_classes"]
+        heads = [
+            build_exit_head(head, torch.zeros(2, *shape), classes, seed) for seed, shape in enumerate(spec["shapes"])
+        ]
+        with seeded(len(heads)):
+            self.heads = ExitHeads(heads, classes, spec["ensemble"], spec["widths"])
+        self.heads.to_type_of(torch.zeros((), dtype=getattr(torch, spec["dtype"])))
         self._root: nn.Module | None = None
         self._rest: LayersAtRest | None = None
 
@@ -52,6 +59,8 @@ class ExitNetwork:
         run: Run,
         samples: int,
         head: ExitHeadKind | nn.Module,
+        ensemble: Ensemble = "none",
+        nearest_means: bool = False,
     ) -> "ExitNetwork":
         """Find out by dry runs where the exits of a module stand and what they cost; for use in eval mode.
 
@@ -62,11 +71,13 @@ class ExitNetwork:
             run: Calls the module on a batch.
             samples: Rows of that batch.
             head: The kind of head, or a module to copy.
+            ensemble: What exits make of what those before them said; see `ExitHeads`.
+            nearest_means: Whether nearest means shall answer in eval mode.
 
         Raises:
             ValueError: If a layer cannot have an exit, or its head gives no logits.
         """
-        _, logits = answers_of(root, classifier, run)
+        features, logits = answers_of(root, classifier, run)
         if logits.dim() != 2:
             raise ValueError(
                 f"{classifier!r} puts out {tuple(logits.shape)}; exits need logits of shape (batch, classes)."
@@ -85,12 +96,17 @@ class ExitNetwork:
             "classifier": classifier,
             "num_classes": logits.shape[1],
             "head": None if isinstance(head, nn.Module) else head,
+            "ensemble": ensemble,
+            "widths": None,
             "rest": {name: list(shape) for name, shape in rest.items()},
             "dtype": str(points[0].features.dtype).removeprefix("torch."),
             "keeps_one": not all_can_leave(root, points, rest, classifier, run, samples),
         }
+        if nearest_means:
+            pooled = [*(pool_features(point.features) for point in points), pool_positions(features)]
+            spec["widths"] = [rows.shape[1] for rows in pooled]
         network = cls(spec, head)
-        network.heads.to(points[0].features.device)
+        network.heads.to_type_of(points[0].features)
         spec["costs"] = network._costs([until[point.layer] for point in points], total, samples)
         mixing = (p.layer for p in points if not rows_can_leave(root, p.layer, classifier, run, samples))
         spec["mixing_layer"] = next(mixing, None)
@@ -121,7 +137,7 @@ class ExitNetwork:
             )
         ]
         self._root = root
-        self.hooks = ExitHooks(root, points, list(self.heads), self.spec["classifier"])
+        self.hooks = self.heads.hooks = ExitHooks(root, points, self.heads, self.spec["classifier"])
         self.hooks.removes_rows = self.mixing_layer is None
         self.hooks.keeps_one = self.spec["keeps_one"]
         shapes = {name: tuple(shape) for name, shape in self.spec["rest"].items()}
@@ -135,18 +151,23 @@ class ExitNetwork:
         self._rest.remove()
         self.hooks.remove()
         delattr(self._root, EXITS)
-        self._root = self.hooks = self._rest = None
+        self._root = self.hooks = self.heads.hooks = self._rest = None
 
     def _costs(self, until: Sequence[int], total: int, samples: int) -> list[float]:
         """Count the operations up to each exit with all heads until there."""
         heads, costs = 0, []
-        for flops, head, shape in zip(until, self.heads, self.spec["shapes"], strict=True):
-            heads += flops_until(head, [], partial(_try, head, samples, shape))[1]
-            head.train()
+        for position, (flops, shape) in enumerate(zip(until, self.spec["shapes"], strict=True)):
+            heads += flops_until(self.heads, [], partial(self._try, position, samples, shape))[1]
             costs.append((flops + heads) / total)
+        self.heads.train()
         return [*costs, 1 + heads / total]
 
-
-def _try(head: nn.Module, samples: int, shape: Sequence[int]) -> None:
-    like = next(head.parameters(), torch.zeros(()))
-    head.eval()(torch.zeros(samples, *shape, dtype=like.dtype, device=like.device))
+    @torch.no_grad()
+    def _try(self, position: int, samples: int, shape: Sequence[int]) -> None:
+        like = next(self.heads.parameters(), torch.zeros(()))
+        features = torch.zeros(samples, *shape, dtype=like.dtype, device=like.device)
+        if self.spec["widths"] is not None:
+            self.heads.eval().nearest_to(position, features)
+        else:
+            said = features.new_zeros(samples, self.spec["num_classes"])
+            self.heads.eval().say(position, features, [said])

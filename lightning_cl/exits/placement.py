@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_cl.exits.hooks import ExitHooks, LayersAtRest
+from lightning_cl.exits.heads import ExitHeads
+from lightning_cl.exits.hooks import ExitHooks
 from lightning_cl.exits.points import ExitPoint, Run
+from lightning_cl.exits.rest import LayersAtRest
 
 
 class _Place(NamedTuple):
@@ -170,7 +172,7 @@ class _Forced(ExitHooks):
         self._leaving = leaving
         head = nn.Module()
         head.forward = lambda features: features.new_zeros(len(features), num_classes)
-        super().__init__(root, [point], [head], classifier)
+        super().__init__(root, [point], ExitHeads([head]), classifier)
         self.threshold = 0.5
 
     def _confidences(self, logits: Tensor, position: int) -> Tensor:

@@ -1,7 +1,8 @@
 """Exit heads: small classifiers on the features of a layer inside a network."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -116,9 +117,7 @@ def build_exit_head(head: ExitHeadKind | nn.Module, features: Tensor, num_classe
         )
     """
     shape = tuple(features.shape[1:])
-    with torch.random.fork_rng(devices=[]):
-        # `torch.manual_seed` would seed CUDA too
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         if isinstance(head, nn.Module):
             return _copy_of(head, features, num_classes)
         if len(shape) not in (1, 2, 3):
@@ -129,6 +128,15 @@ def build_exit_head(head: ExitHeadKind | nn.Module, features: Tensor, num_classe
         kinds: dict[str, Callable[[Sequence[int], int], nn.Module]] = {"pool": PooledExitHead, "conv": ConvExitHead}
         build = kinds.get(head, LinearExitHead) if len(shape) == 3 else LinearExitHead
         return build(shape, num_classes)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw weights that are a function of a seed; the global generators are left alone."""
+    with torch.random.fork_rng(devices=[]):
+        # `torch.manual_seed` would seed CUDA too
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def _copy_of(head: nn.Module, features: Tensor, num_classes: int) -> nn.Module:
@@ -146,3 +154,21 @@ def _copy_of(head: nn.Module, features: Tensor, num_classes: int) -> nn.Module:
         if callable(reset):  # each exit begins with weights of its own
             reset()
     return copied
+
+
+def pool_features(features: Tensor, positions: int = 4) -> Tensor:
+    """Return one row of features a sample: vectors as they are, class tokens, and images max-pooled to few positions.
+
+    Args:
+        features: What a layer puts out.
+        positions: Rows and columns that are left of an image, fewer where it has fewer.
+
+    Example::
+
+        >>> pool_features(torch.rand(2, 16, 8, 8)).shape
+        torch.Size([2, 256])
+    """
+    if features.dim() == 4:
+        size = min(positions, features.shape[2]), min(positions, features.shape[3])
+        return functional.adaptive_max_pool2d(features, size).flatten(1)
+    return features[:, 0] if features.dim() == 3 else features

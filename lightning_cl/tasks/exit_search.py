@@ -11,6 +11,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_cl.exits import ExitNetwork
+from lightning_cl.heads.exit_ensemble import Ensemble
 from lightning_cl.heads.exit_heads import ExitHeadKind
 from lightning_cl.taps import find_head
 from lightning_cl.tasks import compat
@@ -61,7 +62,7 @@ def check_fit(
     if others and (answers or corrects):
         raise MisconfigurationException(
             f"EarlyExits and {others[0]} would both answer in place of the classification layer. Take one out, or leave"
-            " out `threshold` and `correction` of EarlyExits."
+            " out `threshold`, `correction` and `exit_classifier` of EarlyExits."
         )
     tasks = clock.stream.tasks
     if corrects and not classes_apart(tasks):
@@ -82,6 +83,16 @@ def check_fit(
     return clock, clock.stream
 
 
+def check_validation_data(stream: ReplayStream, threshold: float | str | None) -> None:
+    """Refuse tasks without the data that a threshold is to be chosen on."""
+    for task in stream.tasks:
+        if not stream.samples_of(task.index, "val"):
+            raise MisconfigurationException(
+                f"`threshold={threshold!r}` is chosen on validation data, and task {task.index} ({task.name}) has none."
+                " Say `val_fraction=0.1` on the task sequence to hold some training data out."
+            )
+
+
 def find_exits(
     trainer: Trainer,
     pl_module: LightningModule,
@@ -89,6 +100,8 @@ def find_exits(
     layers: Sequence[str] | int,
     head: ExitHeadKind | nn.Module,
     classifier: str | None,
+    ensemble: Ensemble = "none",
+    nearest_means: bool = False,
 ) -> ExitNetwork:
     """Try a module on a few samples, and return its exits with heads for them.
 
@@ -99,6 +112,8 @@ def find_exits(
         layers: Patterns of layer names, or how many exits there shall be at equal shares of the cost.
         head: The kind of head, or a module to copy.
         classifier: Name of the classification layer; found by its number of outputs if ``None``.
+        ensemble: What exits make of what those before them said.
+        nearest_means: Whether nearest means shall answer.
 
     Raises:
         MisconfigurationException: If the module cannot have them, saying why.
@@ -113,7 +128,7 @@ def find_exits(
             batch = apply_to_collection(batch, Tensor, partial(_as_parameters, pl_module))
             call = ModuleCall.find(pl_module, batch, stream.structure, stream.num_classes, head=found)
             rows = len(as_labels(stream.structure.find_targets(batch)))
-            return ExitNetwork.find(pl_module, layers, found, partial(call, batch), rows, head)
+            return ExitNetwork.find(pl_module, layers, found, partial(call, batch), rows, head, ensemble, nearest_means)
     except ValueError as error:
         raise MisconfigurationException(f"EarlyExits: {error}") from None
 

@@ -3,21 +3,18 @@
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_cl.exits import ExitHooks, ExitNetwork
 from lightning_cl.tasks.added_loss import with_loss
 from lightning_cl.tasks.batches import BatchStructure, as_labels
-from lightning_cl.tasks.exit_phases import Phase, PhasePlan, depth_weights
-
-LossWeights = Literal["uniform", "sdn"] | list[float]
+from lightning_cl.tasks.exit_losses import ExitLosses, ensemble_loss
+from lightning_cl.tasks.exit_phases import Phase, PhasePlan
 
 
 class ExitTraining:
@@ -28,23 +25,18 @@ class ExitTraining:
 
     Args:
         plan: The phases.
-        loss_weights: Of the exits' losses and the network's own.
+        losses: Of the exits.
         network: The exits, on a module.
 
     Attributes:
         phase: The current one.
     """
 
-    def __init__(self, plan: PhasePlan, loss_weights: LossWeights, network: ExitNetwork) -> None:
-        exits = len(network.heads)
-        if not isinstance(loss_weights, str) and len(loss_weights) != exits + 1:
-            raise MisconfigurationException(
-                f"`loss_weights` must have {exits + 1} numbers, one for each of {exits} exits and one for the network's"
-                f" own head, got {len(loss_weights)}."
-            )
+    def __init__(self, plan: PhasePlan, losses: ExitLosses, network: ExitNetwork) -> None:
+        losses.check(len(network.heads.heads))
         self.phase: Phase = plan.phases[0]
         self._plan = plan
-        self._loss_weights = loss_weights
+        self._losses = losses
         self._heads = network.heads
         self._modes: dict[nn.Module, bool] = {}
         self._epoch, self._planned = 0, 1
@@ -89,23 +81,26 @@ class ExitTraining:
             outputs = step(batch)
         if not isinstance(outputs.get("loss") if isinstance(outputs, dict) else outputs, Tensor):
             return outputs  # the module skips this batch
-        logits = hooks.logits[:-1]
+        logits = hooks.logits
         targets = as_labels(structure.find_targets(batch))
         # on a network that stands still all calls are without gradients, and the last one counts
-        if not logits or len(logits[0]) != len(targets) or (hooks.calls > 1 and self.phase != "heads"):
+        once = hooks.calls == 1 or self.phase == "heads"
+        if len(logits) < hooks.count or len(logits[0]) != len(targets) or not once:
             rows = len(logits[0]) if logits else "no"
             raise ValueError(
                 f"The exits of EarlyExits saw {rows} rows in {hooks.calls} calls in a step of {len(targets)} samples."
                 " `training_step` must call the network once with gradients, with a row for each sample of its batch."
             )
-        *weights, own_weight = self._weights(len(logits))
+        heads_alone = self.phase == "heads"
+        *weights, own_weight = self._losses.weights_of(len(logits) - 1, self._epoch, self._planned, heads_alone)
 
         def change(own: Tensor) -> Tensor:
-            reduction = "mean" if own.numel() == 1 else "none"
-            losses = [F.cross_entropy(rows, targets, reduction=reduction) for rows in logits]
-            added = torch.stack([weight * loss for weight, loss in zip(weights, losses, strict=True)]).sum(0)
+            by_row = own.numel() > 1
+            added = self._losses.of_exits(logits, targets, weights, by_row)
+            if self._heads.ensemble is not None:
+                added = added + ensemble_loss(self._heads, logits, targets, by_row)
             pl_module.log("loss/early_exits", added.detach().mean(), batch_size=1)
-            if self.phase == "heads":
+            if heads_alone:
                 return _found_by_ddp(trainer, pl_module.parameters(), added)
             return own_weight * own + added
 
@@ -128,13 +123,6 @@ class ExitTraining:
         """
         trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         optimizer.param_groups[0]["params"] += [p for p in self._heads.parameters() if id(p) not in trained]
-
-    def _weights(self, exits: int) -> list[float]:
-        if self._loss_weights == "sdn":
-            return depth_weights(exits, self._epoch, self._planned)
-        if self._loss_weights == "uniform":
-            return [1 / (exits + (self.phase != "heads"))] * (exits + 1)
-        return list(self._loss_weights)
 
 
 def _found_by_ddp(trainer: Trainer, parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
@@ -20,6 +20,7 @@ from lightning_cl.tasks.clock import TaskClock
 from lightning_cl.tasks.evaluation import evaluating, find_call
 from lightning_cl.tasks.module_call import ModuleCall
 from lightning_cl.tasks.stream import ReplayStream
+from lightning_cl.tasks.stream_means import Source
 
 
 def heads_of(trainer: Trainer) -> "list[HeadCallback]":
@@ -40,18 +41,6 @@ def compared_head(trainer: Trainer) -> "HeadCallback":
             " layer, and there is none among the callbacks."
         )
     return heads[0]
-
-
-class Source(NamedTuple):
-    """Training samples of one task.
-
-    Args:
-        indices: Which they are.
-        labels: The class of each, ``None`` if unknown.
-    """
-
-    indices: Tensor
-    labels: Tensor | None
 
 
 class HeadCallback(ContinualCallback):

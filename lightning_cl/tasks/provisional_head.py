@@ -7,9 +7,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_cl.tasks.head import HeadCallback, Source
+from lightning_cl.tasks.head import HeadCallback
 from lightning_cl.tasks.probes import Probes, choose
 from lightning_cl.tasks.stream import ReplayStream
+from lightning_cl.tasks.stream_means import Source
 
 _LEAST_PER_CLASS = 16
 

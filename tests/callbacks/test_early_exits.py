@@ -90,7 +90,7 @@ def test_the_loss_is_the_weighed_sum_of_the_heads(loss_weights, expected):
                 network = copy.deepcopy(pl_module).net
                 features = [network[:2](images), None]
                 features[1] = network[2:5](features[0].clone())
-                heads = pl_module.early_exits
+                heads = pl_module.early_exits.heads
                 logits = [head(rows) for head, rows in zip(heads, features, strict=True)] + [network(images)]
                 by_hand.extend(float(F.cross_entropy(rows, labels)) for rows in logits)
 
@@ -139,7 +139,10 @@ def test_the_network_stands_in_eval_mode_while_the_heads_are_trained_and_in_its_
     for step, modes in enumerate(losses.modes):
         network = {name for name in modes if name.startswith("net.")}
         assert network == ({"net.0", "net.1", "net.2", "net.4", "net.5", "net.6"} if step % 6 < 3 else set())
-        assert {name for name in modes if name.startswith("early_exits")} >= {"early_exits.0", "early_exits.1"}
+        assert {name for name in modes if name.startswith("early_exits")} >= {
+            "early_exits.heads.0",
+            "early_exits.heads.1",
+        }
 
 
 # ------------------------------------------------------------------ resume and undo

@@ -147,7 +147,7 @@ def test_a_fit_without_tasks():
     ("saved", "match"),
     [
         ([], "of a run without EarlyExits"),
-        ([EarlyExits(["net.1"], "joint")], r"exits at \['net.1'\], this .*\['net.0'\]"),
+        ([EarlyExits(["net.1"], "joint")], r"exits with layers=\['net.1'\], this .*\['net.0'\]"),
     ],
     ids=["no exits", "other exits"],
 )

@@ -95,7 +95,7 @@ def test_a_loaded_module_answers_as_its_run_did_and_lets_samples_leave(when, tmp
         torch.testing.assert_close(loaded(TEST_IMAGES), expected)
     handle.remove()
     assert 0 < rows[0] < len(TEST_IMAGES)
-    assert len(loaded.early_exits) == 2
+    assert len(loaded.early_exits.heads) == 2
 
 
 def test_heads_of_ones_own_cannot_be_loaded_without_their_class(tmp_path):

@@ -4,7 +4,7 @@ import torch
 import torchvision
 from torch import nn
 
-from lightning_cl.exits import ExitHooks, find_exit_points
+from lightning_cl.exits import ExitHeads, ExitHooks, find_exit_points
 from lightning_cl.heads.exit_heads import build_exit_head
 from lightning_cl.models import build_backbone
 
@@ -66,7 +66,7 @@ def network_with_exits(name, head="pool", samples=12):
     return network, points, heads, classifier, inputs
 
 
-def hooked(name, **options):
+def hooked(name, ensemble="none", **options):
     """Return the same with hooks on the network."""
     network, points, heads, classifier, inputs = network_with_exits(name, **options)
-    return network, ExitHooks(network, points, heads, classifier), inputs
+    return network, ExitHooks(network, points, ExitHeads(heads, 5, ensemble), classifier), inputs

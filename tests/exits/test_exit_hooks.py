@@ -6,7 +6,7 @@ import torchvision
 from networks import NETWORKS, hooked, network_with_exits
 from torch import nn
 
-from lightning_cl.exits import ExitHooks, ExitNetwork, ExitPoint, LayersAtRest, layers_after
+from lightning_cl.exits import ExitHeads, ExitHooks, ExitNetwork, ExitPoint, LayersAtRest, layers_after
 from lightning_cl.heads.exit_rules import confidence_of, first_confident, patience_of
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
@@ -128,7 +128,7 @@ def _chain(count=3):
             return torch.tensor([9.0, 0.0]).where(features > self.bound, 0.0)
 
     heads = [Above(bound) for bound in (2.5, 1.5)[: count - 1]]
-    return network, layers, ExitHooks(network, points, heads, str(count))
+    return network, layers, ExitHooks(network, points, ExitHeads(heads), str(count))
 
 
 def test_later_layers_get_the_rows_that_stay_and_no_others():
@@ -158,7 +158,7 @@ def test_a_network_at_rest_answers_the_same(name):
     network, points, heads, classifier, inputs = network_with_exits(name)
     shapes = layers_after(network, points[0].layer, classifier, lambda: network(inputs[:2]), 2)
     assert shapes
-    hooks = ExitHooks(network, points, heads, classifier)
+    hooks = ExitHooks(network, points, ExitHeads(heads), classifier)
     hooks.threshold = 0.0
     expected = network(inputs)
     calls = []
@@ -185,7 +185,7 @@ def test_training_is_on_the_networks_own_answer_and_every_head_hears_it(name):
     hooks.threshold = 0.0
     network.train()
     answer = network(inputs)
-    assert len(hooks.logits) == len(hooks._heads) + 1
+    assert len(hooks.logits) == hooks.count
     first = next(network.parameters())
     for position, logits in enumerate(hooks.logits):
         (gradient,) = torch.autograd.grad(logits.sum() + logits.square().sum(), first, retain_graph=True)
@@ -203,7 +203,7 @@ def test_detached_heads_send_nothing_into_the_network(name):
     network(inputs)
     sum(logits.square().sum() for logits in hooks.logits[:-1]).backward()
     assert all(parameter.grad is None for parameter in network.parameters())
-    assert all(parameter.grad is not None for head in hooks._heads for parameter in head.parameters())
+    assert all(parameter.grad is not None for parameter in hooks._heads.parameters())
 
 
 # ------------------------------------------------------------------ networks that cannot do with no rows

@@ -1,0 +1,51 @@
+"""A network up to one of its exits, for export and serving."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_cl.exits.heads import ExitHeads
+from lightning_cl.exits.hooks import ExitReached
+from lightning_cl.taps import EXITS
+
+
+class SubNetwork(nn.Module):
+    """A network that ends at one of its exits, whatever it is given: nothing after the exit is computed.
+
+    `torch.jit.trace` and ONNX export get the operations up to the exit alone.
+
+    Args:
+        network: A module with exits, such as one from `lightning_cl.load`; it is put into eval mode.
+        position: Which exit, from 0.
+
+    Raises:
+        ValueError: If the module has no such exit.
+
+    Example::
+
+        module = lightning_cl.load("last.ckpt", MyModule)
+        torch.onnx.export(SubNetwork(module, position=0), (images,), "first_exit.onnx", dynamo=True)
+    """
+
+    def __init__(self, network: nn.Module, position: int) -> None:
+        super().__init__()
+        heads = getattr(network, EXITS, None)
+        if not isinstance(heads, ExitHeads) or heads.hooks is None:
+            raise ValueError(
+                f"`network` must have exits, as a module from `lightning_cl.load` has them; {type(network).__name__}"
+                " has none."
+            )
+        if not 0 <= position < len(heads.heads):
+            raise ValueError(f"`position` must be from 0 to {len(heads.heads) - 1}, got {position}.")
+        self.network = network.eval()
+        self.position = position
+        self._hooks = heads.hooks
+
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
+        """Return the exit's logits, ``(batch, classes)``, for what the network's ``forward`` takes."""
+        try:
+            with self._hooks.stopping_at(self.position):
+                self.network(*inputs, **named)
+        except ExitReached as reached:
+            return reached.logits
+        raise RuntimeError("The network did not come to the exit. Is it in training mode?")
