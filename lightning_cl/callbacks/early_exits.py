@@ -222,8 +222,8 @@ class EarlyExits(ExitCallback):
             for seen in range(task.index + 1)
             if seen not in rejected
         }
-        self.record.take(task.index, {seen: scores for seen, scores in found.items() if scores is not None})
-        if not self.record.scores:
+        self.record.take(task.index, found, self.threshold)
+        if not self.record.summaries:
             return
         if self._points_to_lose is not None:
             self.record.choose(self.found.costs, self._points_to_lose)
@@ -234,12 +234,12 @@ class EarlyExits(ExitCallback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero or not self.record.scores:
+        if not trainer.is_global_zero or not self.record.summaries:
             return
         figures = self.figures
         if self._log_dir is not None:
             names = [task.name for task in self.fit.stream.tasks]
-            write_exits(Path(self._log_dir), figures, self.record.scores, names)
+            write_exits(Path(self._log_dir), figures, self.record.summaries, names)
         if self.print_table:
             print_exits(figures)
 
@@ -254,9 +254,9 @@ class EarlyExits(ExitCallback):
     def figures(self) -> dict[str, Any]:
         """Cost and accuracy of the exits at the end of the last task; empty before the first."""
         record = self.record
-        if not record.scores:
+        if not record.summaries:
             return {}
-        return exit_figures(record.scores, self.found.costs, self.threshold_in_use, record.accuracies)
+        return exit_figures(record.summaries, self.found.costs, self.threshold_in_use, record.accuracies)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -6,21 +6,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from rich import box, get_console
 from rich.table import Table
 from torch import Tensor
 
-from lightning_cl.heads.exit_rules import first_confident
 from lightning_cl.metrics.early_exit import (
     ExitCurve,
-    ExitScores,
+    ExitSummary,
     accuracy_at_budget,
     area_under_exit_curve,
-    exit_curve,
     mean_curve,
-    overthinking,
 )
 from lightning_cl.metrics.functional import forgetting
 from lightning_cl.reporting.plots import png_of
@@ -32,37 +30,39 @@ BUDGETS = (0.25, 0.5, 0.75, 1.0)
 
 
 def exit_figures(
-    scores: Mapping[int, ExitScores], costs: Tensor, threshold: float | None, accuracies: Tensor
+    summaries: Mapping[int, ExitSummary], costs: Tensor, threshold: float | None, accuracies: Tensor
 ) -> dict[str, Any]:
     """Compute the figures of a network with exits.
 
     Args:
-        scores: What each exit says of each task's samples.
+        summaries: What was measured of each task's samples.
         costs: What a sample costs that leaves at each exit, as a share of the network without exits.
-        threshold: The one in use, ``None`` if nobody leaves.
+        threshold: The one in use, ``None`` if nobody leaves. Accuracy, cost and use of the exits are NaN if the samples
+            were not measured with it.
         accuracies: Accuracy of each exit on each task after each task, ``(tasks, tasks, exits)``.
 
     Returns:
         The figures by name; every task weighs the same.
     """
-    curves = [exit_curve(confidences, correct, costs) for confidences, correct in scores.values()]
-    mean = mean_curve(curves)
-    used = 1.0 if threshold is None else threshold
-    taken = {task: first_confident(part.confidences, used) for task, part in scores.items()}
-    right = [part.correct.gather(1, taken[task][:, None]).float().mean() for task, part in scores.items()]
-    heads = len(costs)
-    shares = {task: exits.bincount(minlength=heads) / len(exits) for task, exits in taken.items()}
+    mean = mean_curve([part.curve(costs) for part in summaries.values()])
+    shares, right = zip(*(part.at(1.0 if threshold is None else threshold) for part in summaries.values()), strict=True)
+    accuracy = torch.stack(right).mean()
+    if accuracy.isnan():
+        rank_zero_warn(
+            f"The exits were not measured with `threshold={threshold}`, so accuracy and cost at it are not known. They"
+            " are measured at the end of each task: train one with it, or take a multiple of 0.01."
+        )
     return {
         "threshold": threshold,
-        "accuracy": plain_number(torch.stack(right).mean()),
-        "cost": plain_number(torch.stack([costs[exits].mean() for exits in taken.values()]).mean()),
+        "accuracy": plain_number(accuracy),
+        "cost": plain_number((torch.stack(shares) * costs).sum(1).mean()),
         "accuracy_at_budget": {str(budget): plain_number(accuracy_at_budget(mean, budget)) for budget in BUDGETS},
         "area_under_curve": plain_number(area_under_exit_curve(mean)),
-        "overthinking": plain_number(torch.stack([overthinking(part.correct) for part in scores.values()]).mean()),
+        "overthinking": plain_number(torch.stack([part.overthinking for part in summaries.values()]).mean()),
         "forgetting": [plain_number(forgetting(matrix)) for matrix in accuracies.unbind(2)],
         "exit_costs": costs,
-        "exit_accuracies": torch.stack([part.correct.float().mean(0) for part in scores.values()]).mean(0),
-        "exit_shares": {str(task): part for task, part in shares.items()},
+        "exit_accuracies": torch.stack([part.exit_accuracies for part in summaries.values()]).mean(0),
+        "exit_shares": {str(task): part for task, part in zip(summaries, shares, strict=True)},
         "accuracy_matrices": accuracies.permute(2, 0, 1),
         "curve": mean._asdict(),
     }
@@ -98,23 +98,20 @@ def print_exits(figures: Mapping[str, Any]) -> None:
 
 
 def write_exits(
-    directory: Path, figures: Mapping[str, Any], scores: Mapping[int, ExitScores], task_names: Sequence[str]
+    directory: Path, figures: Mapping[str, Any], summaries: Mapping[int, ExitSummary], task_names: Sequence[str]
 ) -> list[Path]:
     """Write ``exits.json`` and ``exits.png``.
 
     Args:
         directory: Where to write; made if it is not there.
         figures: Those of `exit_figures`.
-        scores: What each exit says of each task's samples.
+        summaries: What was measured of each task's samples.
         task_names: One name per task.
 
     Returns:
         The paths of the files written.
     """
-    curves = {
-        task_names[task]: exit_curve(part.confidences, part.correct, figures["exit_costs"])
-        for task, part in scores.items()
-    }
+    curves = {task_names[task]: part.curve(figures["exit_costs"]) for task, part in summaries.items()}
     picture = exit_curves_figure(
         curves, figures["cost"], figures["accuracy"], figures["exit_costs"], figures["exit_accuracies"]
     )

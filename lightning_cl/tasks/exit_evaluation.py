@@ -1,7 +1,7 @@
 """What each exit says of samples, with nobody leaving, and what follows from it."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_cl.exits import ExitHooks
 from lightning_cl.heads.exit_rules import Confidence, confidence_of, patience_of
 from lightning_cl.heads.task_logit_correction import TaskLogitCorrection, fit_task_logit_correction
-from lightning_cl.metrics.early_exit import ExitScores, cheapest_threshold, exit_curve, mean_curve
+from lightning_cl.metrics.early_exit import ExitScores, ExitSummary, cheapest_threshold, exit_summary, mean_curve
 from lightning_cl.tasks.batches import as_labels
 from lightning_cl.tasks.evaluation import device_batches, evaluate_samples, evaluating, gather_rows
 from lightning_cl.tasks.stream import ReplayStream, Split
@@ -119,14 +119,14 @@ class ExitRecord:
 
     Attributes:
         accuracies: Accuracy of each exit on each task after each task, ``(tasks, tasks, exits)``; NaN if not measured.
-        scores: What each exit said of the samples of each task at the last task end.
+        summaries: What was measured of each task at the last task end; its size does not grow with the samples.
         chosen: The threshold; ``None`` before the first choice.
         correction: Of the logits, with the classes of the tasks that it is for; ``None`` before the first fit.
     """
 
     def __init__(self) -> None:
         self.accuracies = torch.empty(0, 0, 0)
-        self.scores: dict[int, ExitScores] = {}
+        self.summaries: dict[int, ExitSummary] = {}
         self.chosen: float | None = None
         self.correction: tuple[TaskLogitCorrection, list[list[int]]] | None = None
 
@@ -145,22 +145,23 @@ class ExitRecord:
         if before.numel():
             self.accuracies[: len(before), : len(before)] = before
 
-    def take(self, trained: int, scores: dict[int, ExitScores]) -> None:
-        """Take down what was measured after a task."""
-        self.scores = scores
-        for task, part in scores.items():
-            self.accuracies[trained, task] = part.correct.float().mean(0)
+    def take(self, trained: int, scores: Mapping[int, ExitScores | None], threshold: float | str | None) -> None:
+        """Take down what was measured after a task, with the threshold in use, unless that is one to be chosen."""
+        given = None if isinstance(threshold, str) else threshold
+        self.summaries = {task: exit_summary(part, given) for task, part in scores.items() if part is not None}
+        for task, summary in self.summaries.items():
+            self.accuracies[trained, task] = summary.exit_accuracies
 
     def choose(self, costs: Tensor, points: float) -> None:
         """Choose the cheapest threshold that loses at most so many points on the mean of the tasks."""
-        curves = [exit_curve(*part, costs) for part in self.scores.values()]
+        curves = [summary.curve(costs) for summary in self.summaries.values()]
         self.chosen = cheapest_threshold(mean_curve(curves), points)
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of all."""
         return {
             "accuracies": self.accuracies.clone(),
-            "scores": {task: [part.clone() for part in scores] for task, scores in self.scores.items()},
+            "summaries": {task: [part.clone() for part in summary] for task, summary in self.summaries.items()},
             "chosen": self.chosen,
             "correction": None if self.correction is None else [list(self.correction[0]), self.correction[1]],
         }
@@ -168,7 +169,7 @@ class ExitRecord:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what was saved."""
         self.accuracies = state["accuracies"].clone()
-        self.scores = {task: ExitScores(*parts) for task, parts in state["scores"].items()}
+        self.summaries = {task: ExitSummary(*parts) for task, parts in state["summaries"].items()}
         self.chosen = state["chosen"]
         saved = state["correction"]
         self.correction = None if saved is None else (TaskLogitCorrection(*saved[0]), saved[1])
