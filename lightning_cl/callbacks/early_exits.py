@@ -47,11 +47,13 @@ class EarlyExits(ExitCallback):
         layers: Names of the layers with exits, or patterns as in ``layer?``; "auto:3" finds three that divide the
             network into parts of about the same cost.
         regime: "joint" trains network and heads together; "mixed" the network alone in the first half of each task;
-            "disjoint" the network alone, and then the heads alone on a network that stands still.
+            "disjoint" the network alone, and then the heads alone on a network that stands still. Early stopping ends
+            a phase, and the task with the last one.
         head: "pool", "conv" or "linear", or a module of your own that is copied for each exit.
         loss_weights: Of the exits' losses: all alike, growing with depth and epochs ("sdn"), or one number for each
             exit and one for the network's own.
-        phase_epochs: Epochs of the regime's phases in each task; halves of the task if ``None``.
+        phase_epochs: Epochs of the regime's phases in each task; halves of the task if ``None``. Of a first phase that
+            is stopped early, the epochs that are left go to the second.
         threshold: How sure a head must be, from 0 to 1, for a sample to leave. ``None`` lets all go to the end.
             "auto:0.5pp" takes, at the end of each task, the cheapest whose accuracy on the validation data of the tasks
             seen is at most 0.5 points below that of the whole network.
@@ -207,6 +209,10 @@ class EarlyExits(ExitCallback):
             self.fit.prototypes.refresh(trainer, pl_module)
 
     @override
+    def next_phase(self, trainer: Trainer, pl_module: LightningModule, task: Task, stopped: bool) -> bool:
+        return self.plan.begins_phase(self.fit.clock.progress.epochs, self.fit.clock.planned_epochs, stopped)
+
+    @override
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
         stream, call, rejected = self.fit.stream, self.fit.call, self.fit.clock.progress.rejected
         if call is None:
@@ -291,6 +297,7 @@ class EarlyExits(ExitCallback):
             "threshold": self.threshold_in_use,
             "record": self.record.state_dict(),
             "answers": self._answers,
+            "phase_stopped_after": self.plan.stopped_after,
             "past": self._sums,
         }
 
@@ -299,6 +306,7 @@ class EarlyExits(ExitCallback):
         if self.network is None:
             return
         self._answers = state_dict["answers"]
+        self.plan.stopped_after = state_dict["phase_stopped_after"]
         self._past = state_dict["past"]
         if self._fit is not None and self._fit.prototypes is not None:
             self._fit.prototypes.load_state_dict(self._past)

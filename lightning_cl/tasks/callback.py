@@ -59,6 +59,20 @@ class ContinualCallback(Callback):
     def on_task_rejected(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
         """Called when a task was vetoed, after everything stands again as it did at the task's start."""
 
+    def next_phase(self, trainer: Trainer, pl_module: LightningModule, task: Task, stopped: bool) -> bool:
+        """Return whether another phase of the task begins with the next epoch; must be the same on all ranks.
+
+        Behaviours are asked when an epoch ends and the limits of the task leave it another one. In a new phase every
+        early stopping of the task begins afresh. Where none begins, a task that was stopped is over.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: The module in training.
+            task: The current task.
+            stopped: Whether early stopping ends what is trained now.
+        """
+        return False
+
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
         """Called when a task was accepted, before checkpoints of this epoch are written."""
 

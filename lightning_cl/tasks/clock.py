@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_cl.tasks import compat, rollback
 from lightning_cl.tasks.added_loss import LossTerms
 from lightning_cl.tasks.callback import ContinualCallback
-from lightning_cl.tasks.dispatch import continual_callbacks, is_accepted, send
+from lightning_cl.tasks.dispatch import begins_phase, continual_callbacks, is_accepted, send
 from lightning_cl.tasks.early_stopping import TaskEarlyStopping
 from lightning_cl.tasks.limits import TaskLimits
 from lightning_cl.tasks.overrides import InstanceOverrides
@@ -262,13 +262,20 @@ class TaskClock(Callback):
         progress.epochs += 1
         epochs, steps = progress.epochs, trainer.global_step - progress.first_step
         stops = [callback.task_should_stop(trainer, pl_module) for callback in _early_stoppings(trainer)]
+        told = False
         if isinstance(self.stream, SingleTask):
             # its limits count from the first fit of this Trainer, and one that is told to stop is over, whereas a
             # stream that is stopped can be resumed
             epochs, steps = compat.processed_epochs(trainer), trainer.global_step
-            stops.append(trainer.should_stop)
+            told = trainer.should_stop
         enough = epochs >= (trainer.min_epochs or 0) and steps >= (trainer.min_steps or 0)
-        if self.limits.reached(progress.task, epochs, steps) or (any(stops) and enough):
+        stopped = any(stops) and enough
+        if self.limits.reached(progress.task, epochs, steps) or (told and enough):
+            self._close_task(trainer, pl_module)
+        elif begins_phase(trainer, pl_module, self.task, stopped):
+            for early_stopping in _early_stoppings(trainer):
+                early_stopping.start_task()
+        elif stopped:
             self._close_task(trainer, pl_module)
 
     def _close_task(self, trainer: Trainer, pl_module: LightningModule) -> None:

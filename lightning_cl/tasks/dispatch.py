@@ -56,3 +56,18 @@ def is_accepted(trainer: Trainer, pl_module: LightningModule, task: Task) -> boo
     if callable(module_vote):
         votes.append(bool(module_vote(task)))
     return bool(trainer.strategy.reduce_boolean_decision(all(votes), all=True))
+
+
+def begins_phase(trainer: Trainer, pl_module: LightningModule, task: Task, stopped: bool) -> bool:
+    """Ask all behaviours whether another phase of a task begins with the next epoch.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: The module.
+        task: The current task.
+        stopped: Whether early stopping ends what is trained now.
+    """
+    behaviours = [callback for callback in continual_callbacks(trainer) if not callback.observer]
+    # no short cut: each of them may have phases of its own
+    begins = [callback.next_phase(trainer, pl_module, task, stopped) for callback in behaviours]
+    return any(begins)

@@ -11,7 +11,8 @@ class TaskEarlyStopping(EarlyStopping):
     """Stop a task, not the stream, when a metric no longer improves; each task starts with a fresh best score.
 
     In a stream the task clock puts this in the place of a plain `EarlyStopping`. The task ends with the epoch in which
-    the check failed. In a fit without tasks it is an ordinary `EarlyStopping`.
+    the check failed. Where a callback trains a task in phases, such as `EarlyExits`, it ends the phase, and each phase
+    starts afresh too. In a fit without tasks it is an ordinary `EarlyStopping`.
 
     Args:
         monitor: Metric to watch.
@@ -42,7 +43,7 @@ class TaskEarlyStopping(EarlyStopping):
         return f"EarlyStopping{ {'monitor': self.monitor, 'mode': self.mode}!r}"
 
     def start_task(self) -> None:
-        """Forget what earlier tasks reached."""
+        """Forget what was reached before; called by the task clock when a task or another phase of it begins."""
         fresh = EarlyStopping(self.monitor, mode=self.mode, patience=self.patience)
         self.load_state_dict(fresh.state_dict())
         self._in_stream = True

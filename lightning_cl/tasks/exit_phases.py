@@ -16,12 +16,16 @@ _PHASES: dict[Regime, tuple[Phase, ...]] = {
 
 
 class PhasePlan:
-    """The phases of each task.
+    """The phases of each task, and how far the current task has come in them.
 
     Args:
         regime: "joint" trains the network and all heads; "mixed" the network alone before; "disjoint" the network
             alone and then the heads alone.
-        epochs: Epochs of each phase; halves of the task's, the larger one first, if ``None``.
+        epochs: Epochs of each phase; halves of the task's, the larger one first, if ``None``. Where the first phase is
+            stopped early, the second one has all epochs that are left.
+
+    Attributes:
+        stopped_after: Epochs of the current task after which its first phase was stopped early; ``None`` if it was not.
 
     Example::
 
@@ -34,6 +38,7 @@ class PhasePlan:
         self.regime = regime
         self.phases = _PHASES[regime]
         self.epochs = epochs
+        self.stopped_after: int | None = None
         if epochs is not None and (len(epochs) != len(self.phases) or any(count < 1 for count in epochs)):
             raise ValueError(
                 f"`phase_epochs` must have {len(self.phases)} numbers from 1 for `regime={regime!r}`, one for each of"
@@ -76,7 +81,26 @@ class PhasePlan:
         if len(self.phases) == 1:
             return self.phases[0]
         first = (planned + 1) // 2 if self.epochs is None else self.epochs[0]
+        if self.stopped_after is not None:
+            first = min(first, self.stopped_after)
         return self.phases[epoch >= first]
+
+    def begin_task(self) -> None:
+        """Begin with the first phase."""
+        self.stopped_after = None
+
+    def begins_phase(self, epochs: int, planned: int, stopped: bool) -> bool:
+        """Return whether another phase begins after so many epochs of a task.
+
+        Args:
+            epochs: Epochs of the task that are over.
+            planned: Its epochs; -1 if they are unknown.
+            stopped: Whether early stopping ends the current phase.
+        """
+        phase = self.phase(epochs - 1, planned)
+        if stopped and phase != self.phases[-1]:
+            self.stopped_after = epochs
+        return self.phase(epochs, planned) != phase
 
 
 def depth_weights(exits: int, epoch: int, planned: int) -> list[float]:

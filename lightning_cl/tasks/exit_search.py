@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, WeightAveraging
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
@@ -73,12 +73,10 @@ def check_fit(
     if not trainer.fast_dev_run:  # type: ignore[attr-defined]
         for task in tasks:
             plan.check(task.index, clock.limits.epochs(task.index))
-        stops = any(isinstance(callback, EarlyStopping) for callback in compat.callbacks_of(trainer))
-        if len(plan.phases) > 1 and (stops or trainer.max_steps != -1):
+        if len(plan.phases) > 1 and trainer.max_steps != -1:
             raise MisconfigurationException(
-                f"`regime={plan.regime!r}` trains in phases of epochs, and"
-                f" {'early stopping' if stops else '`max_steps`'} may end a task before its heads are trained. Say"
-                " `regime='joint'`, or take it out."
+                f"`regime={plan.regime!r}` trains in phases of epochs, and `max_steps` may end a task before its heads"
+                " are trained. Say `regime='joint'`, or take it out."
             )
     return clock, clock.stream
 

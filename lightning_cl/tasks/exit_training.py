@@ -43,6 +43,8 @@ class ExitTraining:
 
     def enter(self, pl_module: LightningModule, hooks: ExitHooks, epoch: int, planned: int) -> None:
         """Begin an epoch of a task of which so many are planned, or go on in it."""
+        if epoch == 0:
+            self._plan.begin_task()
         self._epoch, self._planned = epoch, planned
         self.phase = self._plan.phase(epoch, planned)
         hooks.silent = self.phase == "network"

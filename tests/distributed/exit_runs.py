@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor
 
-from lightning_cl.callbacks import ContinualMetrics, EarlyExits, Replay
+from lightning_cl.callbacks import ContinualMetrics, EarlyExits, Replay, TaskEarlyStopping
 from lightning_cl.datamodules import ClassIncremental
 from lightning_cl.tasks.exit_phases import Regime
 from tests.distributed.replay_runs import GLOBAL_BATCH
@@ -18,11 +18,21 @@ from tests.distributed.runs import DigitsOfSize, Net
 
 @dataclass(frozen=True)
 class Run:
-    """A stream of five tasks, two epochs each, with an exit after the first layer."""
+    """A stream of five tasks with an exit after the first layer; where it stops early, by a score of the net's."""
 
     regime: Regime
     net: type[LightningModule] = Net
     per_class: int = 24  # 48 samples a task: three batches of 16
+    epochs: int = 2
+    stops: bool = False
+
+
+class WorseOnTheLastRank(Net):
+    """Has a score that falls on the last rank alone."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        falls = self.trainer.global_rank == self.trainer.world_size - 1
+        self.log("score", float(-self.current_epoch if falls else self.current_epoch))
 
 
 class Epochs(Callback):
@@ -51,6 +61,7 @@ def _run(ranks: int, run: Run) -> dict[str, Any]:
         ContinualMetrics(print_table=False),
         Epochs(),
     )
+    stopping = [TaskEarlyStopping("score", mode="max", patience=1)] if run.stops else []
     trainer = Trainer(
         accelerator="cpu",
         devices=ranks,
@@ -59,11 +70,12 @@ def _run(ranks: int, run: Run) -> dict[str, Any]:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        limit_val_batches=0,
-        callbacks=[Replay(30), exits, metrics, epochs],
+        limit_val_batches=int(run.stops),
+        num_sanity_val_steps=0,
+        callbacks=[Replay(30), exits, metrics, epochs, *stopping],
     )
     net = run.net()
-    trainer.fit(net, datamodule=ClassIncremental(data, num_tasks=5, epochs_per_task=2))
+    trainer.fit(net, datamodule=ClassIncremental(data, num_tasks=5, epochs_per_task=run.epochs))
     return {
         "epochs": epochs.states,
         "heads": exits.state_dict()["heads"],
