@@ -40,7 +40,7 @@ class Phases(Callback):
 
     def on_train_epoch_end(self, trainer, pl_module):
         (exits,) = [callback for callback in trainer.callbacks if isinstance(callback, EarlyExits)]
-        if exits.clock.progress.epochs == 0:
+        if exits.fit.clock.progress.epochs == 0:
             self.tasks.append("")
         self.tasks[-1] += exits.training.phase[0]
 
