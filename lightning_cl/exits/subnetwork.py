@@ -43,9 +43,11 @@ class SubNetwork(nn.Module):
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
         """Return the exit's logits, ``(batch, classes)``, for what the network's ``forward`` takes."""
+        if self.network.training:
+            raise RuntimeError("The network is in training mode, in which no exit answers. Call `eval()`.")
         try:
             with self._hooks.stopping_at(self.position):
                 self.network(*inputs, **named)
+                return self._hooks.logits[self.position]
         except ExitReached as reached:
             return reached.logits
-        raise RuntimeError("The network did not come to the exit. Is it in training mode?")

@@ -42,7 +42,7 @@ class Phases(Callback):
         (exits,) = [callback for callback in trainer.callbacks if isinstance(callback, EarlyExits)]
         if exits.fit.clock.progress.epochs == 0:
             self.tasks.append("")
-        self.tasks[-1] += exits.training.phase[0]
+        self.tasks[-1] += exits.fit.training.phase[0]
 
 
 def _stops_at_every_second_epoch():

@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_cl.exits import ExitHeads, ExitHooks, ExitNetwork, ExitPoint, LayersAtRest, layers_after
 from lightning_cl.heads.exit_rules import confidence_of, first_confident, patience_of
+from lightning_cl.taps import own_outputs
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 
@@ -66,6 +67,29 @@ def test_every_rule_is_that_of_the_offline_evaluation(name, removes_rows, confid
         hooks.threshold = None
         seen |= set(taken.tolist())
     assert len(seen) > 1
+
+
+@pytest.mark.parametrize("removes_rows", [True, False])
+@pytest.mark.parametrize("ensemble", ["cascade", "geometric"])
+@pytest.mark.parametrize("name", ["convnet", "resnet18"])
+def test_exits_that_look_back_answer_as_offline(name, ensemble, removes_rows):
+    network, hooks, inputs = hooked(name, ensemble=ensemble)
+    hooks.removes_rows = removes_rows
+    threshold = _threshold(network, hooks, inputs)
+    expected, taken, _ = _offline(network, hooks, inputs, threshold)
+    hooks.threshold = threshold
+    torch.testing.assert_close(network(inputs), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(hooks.taken, taken)
+    assert len(taken.unique()) > 1
+
+
+def test_where_own_outputs_are_wanted_no_exit_answers():
+    network, hooks, inputs = hooked("convnet", ensemble="geometric")
+    own = network(inputs)
+    hooks.threshold, hooks.correction = 0.0, lambda logits: logits + 1
+    with own_outputs():
+        assert torch.equal(network(inputs), own)
+    assert not torch.equal(network(inputs), own)
 
 
 @pytest.mark.parametrize("name", ["mlp", "resnet32", "mobilenet_v3_small", "vit"])
