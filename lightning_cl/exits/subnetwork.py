@@ -37,17 +37,22 @@ class SubNetwork(nn.Module):
             )
         if not 0 <= position < len(heads.heads):
             raise ValueError(f"`position` must be from 0 to {len(heads.heads) - 1}, got {position}.")
-        self.network = network.eval()
         self.position = position
         self._hooks = heads.hooks
+        self._network = (network.eval(),)  # its layers, but not itself: a LightningModule without Trainer has no trace
+        self._modules.update(network._modules)
+        self._parameters.update(network._parameters)
+        self._buffers.update(network._buffers)
+        self.training = False
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
         """Return the exit's logits, ``(batch, classes)``, for what the network's ``forward`` takes."""
-        if self.network.training:
+        [network] = self._network
+        if network.training:
             raise RuntimeError("The network is in training mode, in which no exit answers. Call `eval()`.")
         try:
             with self._hooks.stopping_at(self.position):
-                self.network(*inputs, **named)
+                network(*inputs, **named)
                 return self._hooks.logits[self.position]
         except ExitReached as reached:
             return reached.logits

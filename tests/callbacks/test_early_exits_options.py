@@ -12,6 +12,7 @@ from numbered_streams import IMAGES, LABELS, Judge, same, same_weights
 import lightning_cl
 from lightning_cl.callbacks import EarlyExits, NearestMeanClassifier, Replay
 from lightning_cl.cli import main
+from lightning_cl.exits import SubNetwork
 from lightning_cl.heads.exit_heads import pool_features
 from lightning_cl.heads.exit_rules import confidence_of, first_confident
 from lightning_cl.tasks import ContinualCallback
@@ -247,3 +248,22 @@ def test_options_come_from_the_command_line():
     cli = main(["fit", *model, *data, *options])
     [exits] = [callback for callback in cli.trainer.callbacks if isinstance(callback, EarlyExits)]
     assert exits.network.heads.ensemble is not None
+
+
+@pytest.mark.slow
+def test_each_exit_of_a_loaded_module_is_exported(tmp_path):
+    reference = pytest.importorskip("onnx.reference")
+    pytest.importorskip("onnxscript")  # what PyTorch exports with
+    exits, trainer, module = _fit(exits=_exits(threshold=0.5, correction="tlc"))
+    expected = _offline(exits, module, TEST_IMAGES)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    loaded = lightning_cl.load(tmp_path / "last.ckpt", Deep)
+    for position in range(2):
+        exported = SubNetwork(loaded, position)
+        with torch.no_grad():
+            traced = torch.jit.trace(exported, (TEST_IMAGES,))
+            torch.testing.assert_close(traced(TEST_IMAGES[:5]), expected[:5, position])
+    torch.onnx.export(exported, (TEST_IMAGES,), tmp_path / "exit.onnx", dynamo=True, verbose=False)
+    session = reference.ReferenceEvaluator(str(tmp_path / "exit.onnx"))
+    [logits] = session.run(None, {session.input_names[0]: TEST_IMAGES.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), expected[:, 1], atol=1e-4, rtol=1e-4)

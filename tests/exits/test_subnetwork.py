@@ -61,6 +61,7 @@ def _is_conv(module):
     return isinstance(module, nn.Conv2d)
 
 
+@pytest.mark.slow
 def test_an_onnx_file_answers_the_same(tmp_path):
     pytest.importorskip("onnxscript")  # what PyTorch exports with
     onnx = pytest.importorskip("onnx")
