@@ -26,3 +26,19 @@ def check_choice(argument: str, value: object, allowed: Sequence[str]) -> None:
     """
     if value not in allowed:
         raise ValueError(f"`{argument}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+
+def check_list(argument: str, value: object, of: type | tuple[type, ...], allowed: str) -> None:
+    """Refuse what is no list or tuple, and one with members of another kind.
+
+    Args:
+        argument: Its name.
+        value: What was got.
+        of: The kinds of member that are allowed.
+        allowed: All that the argument may be, in words.
+
+    Raises:
+        TypeError: Naming the argument, what is allowed and what was got.
+    """
+    if not isinstance(value, (list, tuple)) or any(isinstance(m, bool) or not isinstance(m, of) for m in value):
+        raise TypeError(f"`{argument}` must be {allowed}, got {value!r}.")

@@ -1,6 +1,5 @@
 """Exits inside the network: heads that are trained with it, and samples that leave early."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +30,7 @@ from lightning_cl.tasks.exit_fit import ExitFit
 from lightning_cl.tasks.exit_losses import Distill, ExitLosses, LossWeights
 from lightning_cl.tasks.exit_phases import PhasePlan, Regime
 from lightning_cl.tasks.exit_prototypes import ExitPrototypes
-from lightning_cl.tasks.exit_search import check_fit, check_validation_data, find_exits
+from lightning_cl.tasks.exit_search import check_fit, check_validation_data, exits_wanted, find_exits
 from lightning_cl.tasks.exit_training import ExitTraining
 
 
@@ -49,7 +48,8 @@ class EarlyExits(ExitCallback):
         regime: "joint" trains network and heads together; "mixed" the network alone in the first half of each task;
             "disjoint" the network alone, and then the heads alone on a network that stands still. Early stopping ends
             a phase, and the task with the last one.
-        head: "pool", "conv" or "linear", or a module of your own that is copied for each exit.
+        head: "pool", "conv" or "linear", or a module of your own that is copied for each exit with the weights that
+            it has; its lazy layers find their sizes and draw theirs.
         loss_weights: Of the exits' losses: all alike, growing with depth and epochs ("sdn"), or one number for each
             exit and one for the network's own.
         phase_epochs: Epochs of the regime's phases in each task; halves of the task if ``None``. Of a first phase that
@@ -97,9 +97,7 @@ class EarlyExits(ExitCallback):
         print_table: bool = True,
     ) -> None:
         super().__init__(head, confidence, losses)
-        auto = re.fullmatch(r"auto:([1-9]\d*)", layers) if isinstance(layers, str) else None
-        if not layers or (isinstance(layers, str) and auto is None):
-            raise ValueError(f"`layers` must be a list of layer names, or as in 'auto:3', got {layers!r}.")
+        self._wanted = exits_wanted(layers)
         check_choice("regime", regime, ("disjoint", "joint", "mixed"))
         self._points_to_lose = points_to_lose(threshold)
         check_choice("ensemble", ensemble, ("none", "cascade", "geometric"))
@@ -111,7 +109,6 @@ class EarlyExits(ExitCallback):
                 " not answer. Leave one out."
             )
         self.layers = layers
-        self._wanted: list[str] | int = layers if auto is None else int(auto[1])  # type: ignore[assignment]
         self.loss_weights = loss_weights
         self.plan = PhasePlan(regime, phase_epochs)
         self.threshold = threshold

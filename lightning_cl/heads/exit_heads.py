@@ -97,17 +97,18 @@ class LinearExitHead(nn.Module):
 
 
 def build_exit_head(head: ExitHeadKind | nn.Module, features: Tensor, num_classes: int, seed: int) -> nn.Module:
-    """Build a head for the features of a layer, with weights that are a function of the seed alone.
+    """Build a head for the features of a layer, with weights that are drawn by the seed alone.
 
     Args:
-        head: "pool" and "conv" suit images and are "linear" elsewhere. A module is copied, and its lazy layers find
-            their sizes.
+        head: "pool" and "conv" suit images and are "linear" elsewhere. A module is copied with the weights that it
+            has, and its lazy layers find their sizes and draw theirs.
         features: What the layer puts out for a batch.
         num_classes: Number of logits.
-        seed: Of the weights; the global generators are left alone.
+        seed: Of the weights that are drawn; the global generators are left alone.
 
     Raises:
-        ValueError: If the features have a shape that no head is known for, or a module gives no logits for them.
+        ValueError: If the features have a shape that no head is known for, or a module does not take them or gives no
+            logits for them.
 
     Example::
 
@@ -140,19 +141,22 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def _copy_of(head: nn.Module, features: Tensor, num_classes: int) -> nn.Module:
-    copied = copy.deepcopy(head).to(features.device)
+    copied = copy.deepcopy(head).to(features)
     modes = {module: module.training for module in copied.modules()}
-    with torch.no_grad():
-        logits = copied.eval()(features)
+    try:
+        with torch.no_grad():
+            logits = copied.eval()(features)
+    except (RuntimeError, ValueError, IndexError) as error:  # a wrong width or number of dimensions
+        sizes = ", ".join(map(str, features.shape[1:]))
+        raise ValueError(
+            f"`head` ({type(head).__name__}) does not take features of shape (batch, {sizes}): {error}. Lazy layers,"
+            " such as `nn.LazyLinear`, find their sizes themselves."
+        ) from error
     for module, training in modes.items():
         module.training = training
     if not isinstance(logits, Tensor) or tuple(logits.shape) != (len(features), num_classes):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"`head` must give logits of shape ({len(features)}, {num_classes}), got {got}.")
-    for module in copied.modules():
-        reset = getattr(module, "reset_parameters", None)
-        if callable(reset):  # each exit begins with weights of its own
-            reset()
     return copied
 
 

@@ -17,6 +17,8 @@ from lightning_cl.tasks.batches import as_labels
 from lightning_cl.tasks.evaluation import device_batches, evaluate_samples, evaluating, gather_rows
 from lightning_cl.tasks.stream import ReplayStream, Split
 
+_DRY_SAMPLES = 32
+
 
 def score_exits(
     trainer: Trainer,
@@ -48,7 +50,7 @@ def score_exits(
         return None
     confidences, correct = [], []
     with evaluating(trainer, pl_module), hooks.collecting():
-        for batch in device_batches(trainer, pl_module, loader):
+        for batch in device_batches(trainer, pl_module, loader, _dry_batches(trainer)):
             labels = as_labels(stream.structure.find_targets(batch))
             call(batch)
             logits = torch.stack(hooks.logits, dim=1)
@@ -80,12 +82,19 @@ def fit_correction(
     correction, hooks.correction = hooks.correction, None
     try:
         with hooks.collecting():
-            everything = torch.arange(stream.samples_of(task) or 0)
-            rows = evaluate_samples(trainer, pl_module, stream, task, everything, logits_of)
+            samples = torch.arange(stream.samples_of(task) or 0)
+            if _dry_batches(trainer) is not None:
+                samples = samples[:_DRY_SAMPLES]
+            rows = evaluate_samples(trainer, pl_module, stream, task, samples, logits_of)
     finally:
         hooks.correction = correction
     heads = hooks.count
     return fit_task_logit_correction(rows.view(len(rows), heads, -1), classes_seen(stream, task, rejected))
+
+
+def _dry_batches(trainer: Trainer) -> int | None:
+    """Return how many batches ``fast_dev_run`` leaves; ``None`` in a real run."""
+    return int(trainer.fast_dev_run) or None  # type: ignore[attr-defined]
 
 
 def classes_seen(stream: ReplayStream, task: int, rejected: Sequence[int] = ()) -> list[list[int]]:
@@ -97,6 +106,7 @@ def points_to_lose(threshold: float | str | None) -> float | None:
     """Return the percentage points that a threshold may cost that is to be chosen; ``None`` for one that is given.
 
     Raises:
+        TypeError: If it is no number at all.
         ValueError: If it is neither.
 
     Example::
@@ -109,7 +119,11 @@ def points_to_lose(threshold: float | str | None) -> float | None:
         if found is None:
             raise ValueError(f"`threshold` must be from 0 to 1, None, or as in 'auto:0.5pp', got {threshold!r}.")
         return float(found[1])
-    if threshold is not None and not 0 <= threshold <= 1:
+    if threshold is None:
+        return None
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+        raise TypeError(f"`threshold` must be a number from 0 to 1, None, or as in 'auto:0.5pp', got {threshold!r}.")
+    if not 0 <= threshold <= 1:
         raise ValueError(f"`threshold` must be from 0 to 1, got {threshold}.")
     return None
 

@@ -1,5 +1,6 @@
 """What exit heads are trained on: the labels, and what later heads say."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_cl.arguments import check_choice
+from lightning_cl.arguments import check_choice, check_list
 from lightning_cl.exits import ExitHeads
 from lightning_cl.tasks.exit_phases import depth_weights
 
@@ -25,13 +26,19 @@ class ExitLosses:
     Args:
         weights: Of the exits' losses and the network's own.
         distill: Whom each exit imitates beside the labels; ``None`` if nobody.
+
+    Raises:
+        TypeError: If weights are no numbers.
+        ValueError: If one is negative or not finite, or a word is unknown.
     """
 
     def __init__(self, weights: LossWeights, distill: Distill | None) -> None:
         if isinstance(weights, str):
             check_choice("loss_weights", weights, ("uniform", "sdn"))
-        elif any(weight < 0 for weight in weights):
-            raise ValueError(f"`loss_weights` must be 0 or more, got {weights}.")
+        else:
+            check_list("loss_weights", weights, (int, float), "'uniform', 'sdn' or a list of numbers")
+            if not all(0 <= weight < math.inf for weight in weights):
+                raise ValueError(f"`loss_weights` must be 0 or more and finite, got {weights}.")
         if distill is not None:
             check_choice("distill", distill, ("last", "next", "later"))
         self._weights = weights

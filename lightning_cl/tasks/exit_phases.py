@@ -5,6 +5,8 @@ from typing import Literal
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_cl.arguments import check_list
+
 Regime = Literal["disjoint", "joint", "mixed"]
 Phase = Literal["network", "all", "heads"]
 
@@ -39,6 +41,8 @@ class PhasePlan:
         self.phases = _PHASES[regime]
         self.epochs = epochs
         self.stopped_after: int | None = None
+        if epochs is not None:
+            check_list("phase_epochs", epochs, int, "a list of whole numbers, one for each phase, or None")
         if epochs is not None and (len(epochs) != len(self.phases) or any(count < 1 for count in epochs)):
             raise ValueError(
                 f"`phase_epochs` must have {len(self.phases)} numbers from 1 for `regime={regime!r}`, one for each of"

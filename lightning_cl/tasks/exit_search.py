@@ -1,5 +1,6 @@
 """Find the exits of a module before it is set up for training."""
 
+import re
 from collections.abc import Sequence
 from functools import partial
 
@@ -10,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lightning_cl.arguments import check_list
 from lightning_cl.exits import ExitNetwork
 from lightning_cl.heads.exit_ensemble import Ensemble
 from lightning_cl.heads.exit_heads import ExitHeadKind
@@ -25,6 +27,28 @@ from lightning_cl.tasks.stream import ReplayStream
 from lightning_cl.tasks.task import classes_apart
 
 _SAMPLES = 8
+
+
+def exits_wanted(layers: Sequence[str] | str) -> Sequence[str] | int:
+    """Return the names or patterns of layers, or how many exits there shall be at equal shares of the cost.
+
+    Raises:
+        TypeError: If they are no names.
+        ValueError: If there are none, or a word is not as in "auto:3".
+
+    Example::
+
+        >>> exits_wanted("auto:3")
+        3
+    """
+    allowed = "a list of layer names, or as in 'auto:3'"
+    auto = re.fullmatch(r"auto:([1-9]\d*)", layers) if isinstance(layers, str) else None
+    if not layers or (isinstance(layers, str) and auto is None):
+        raise ValueError(f"`layers` must be {allowed}, got {layers!r}.")
+    if auto is not None:
+        return int(auto[1])
+    check_list("layers", layers, str, allowed)
+    return layers
 
 
 def check_fit(

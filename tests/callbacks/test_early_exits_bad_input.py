@@ -1,5 +1,7 @@
 """What is wrong with exits is said before the first step: the argument, what was got, what is allowed."""
 
+import re
+
 import pytest
 import torch
 from command_line import OPTIONS, error_of, options_for
@@ -34,7 +36,8 @@ def _refused(exits, match, module=Plain, callbacks=(), **settings):
         ({"regime": "both"}, "`regime` must be one of 'disjoint', 'joint', 'mixed', got 'both'"),
         ({"head": "big"}, "`head` must be one of 'pool', 'conv', 'linear', got 'big'"),
         ({"loss_weights": "deep"}, "`loss_weights` must be one of 'uniform', 'sdn', got 'deep'"),
-        ({"loss_weights": [1.0, -0.5]}, r"`loss_weights` must be 0 or more, got \[1.0, -0.5\]"),
+        ({"loss_weights": [1.0, -0.5]}, r"`loss_weights` must be 0 or more and finite, got \[1.0, -0.5\]"),
+        ({"loss_weights": [1.0, float("nan")]}, r"`loss_weights` must be 0 or more and finite, got \[1.0, nan\]"),
         ({"threshold": 1.1}, "`threshold` must be from 0 to 1, got 1.1"),
         ({"threshold": -0.1}, "`threshold` must be from 0 to 1, got -0.1"),
         ({"threshold": float("nan")}, "`threshold` must be from 0 to 1, got nan"),
@@ -48,6 +51,26 @@ def _refused(exits, match, module=Plain, callbacks=(), **settings):
 def test_an_argument_out_of_range(arguments, message):
     with pytest.raises(ValueError, match=message):
         EarlyExits(**{"layers": ["net.0"], **arguments})
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "allowed"),
+    [
+        ("layers", [3], "a list of layer names, or as in 'auto:3'"),
+        ("layers", 3, "a list of layer names, or as in 'auto:3'"),
+        ("loss_weights", None, "'uniform', 'sdn' or a list of numbers"),
+        ("loss_weights", 0.5, "'uniform', 'sdn' or a list of numbers"),
+        ("loss_weights", [1.0, "2"], "'uniform', 'sdn' or a list of numbers"),
+        ("phase_epochs", 5, "a list of whole numbers, one for each phase, or None"),
+        ("phase_epochs", [2.5, 1], "a list of whole numbers, one for each phase, or None"),
+        ("phase_epochs", [True, 1], "a list of whole numbers, one for each phase, or None"),
+        ("threshold", True, "a number from 0 to 1, None, or as in 'auto:0.5pp'"),
+        ("threshold", [0.5], "a number from 0 to 1, None, or as in 'auto:0.5pp'"),
+    ],
+)
+def test_an_argument_of_another_kind(argument, value, allowed):
+    with pytest.raises(TypeError, match=re.escape(f"`{argument}` must be {allowed}, got {value!r}.")):
+        EarlyExits(**{"layers": ["net.0"], argument: value})
 
 
 @pytest.mark.parametrize(
@@ -90,6 +113,11 @@ def test_two_layers_that_could_be_the_classifier():
 def test_targets_that_are_no_classes():
     sequence = DomainIncremental(BrightnessData(), [None, torch.Tensor.neg])
     _refused(EarlyExits(["net.0"]), "EarlyExits: .*no class labels", Regression, sequence=sequence)
+
+
+def test_a_head_of_ones_own_for_other_features():
+    exits = EarlyExits(["net.0"], head=nn.Linear(16, 6))
+    _refused(exits, r"EarlyExits: `head` \(Linear\) does not take features of shape \(batch, 24\): .*2x24 and 16x6")
 
 
 def test_patience_with_one_exit():

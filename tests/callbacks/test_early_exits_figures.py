@@ -104,6 +104,20 @@ def test_figures_are_logged_and_written(epochs, tmp_path, capsys):
     assert "end" in table
 
 
+def test_a_dry_run_measures_and_corrects_on_little(monkeypatch):
+    fitted_to = []
+
+    def fit(logits, classes):
+        fitted_to.append(len(logits))
+        return fit_task_logit_correction(logits, classes)
+
+    monkeypatch.setattr("lightning_cl.tasks.exit_evaluation.fit_task_logit_correction", fit)
+    exits = EarlyExits(LAYERS, "mixed", threshold="auto:5pp", correction="tlc", print_table=False)
+    fit_stream([exits], Deep, DigitsData(), fast_dev_run=1)
+    assert fitted_to == [32, 32, 32]
+    assert [len(exits.record.scores[task].correct) for task in range(3)] == [16, 16, 16]
+
+
 def test_without_validation_data_nothing_is_measured_and_nothing_chosen():
     exits = EarlyExits(["net.0"], "joint", threshold=0.3)
     fit_stream([exits], Plain, TrainingDigits())

@@ -88,6 +88,33 @@ def test_a_head_of_the_users_own_is_copied_and_finds_its_size():
     assert not fresh.norm.running_mean.any()
 
 
+def test_a_head_of_the_users_own_keeps_the_weights_that_it_was_given():
+    own = nn.Sequential(nn.Flatten(), nn.Linear(54, 10))
+    nn.init.constant_(own[1].weight, 0.25)
+    for seed in (0, 1):
+        copied = build_exit_head(own, torch.zeros(2, 6, 3, 3), 10, seed)
+        assert torch.equal(copied[1].weight, own[1].weight)
+        assert torch.equal(copied[1].bias, own[1].bias)
+        assert copied[1].weight is not own[1].weight
+
+
+@pytest.mark.parametrize(
+    ("head", "features"),
+    [(nn.Linear(5, 10), (4, 6)), (nn.BatchNorm2d(6), (4, 6)), (nn.Flatten(3), (4, 6, 3))],
+    ids=["width", "dimensions", "flattened"],
+)
+def test_a_head_of_the_users_own_for_other_features_is_refused(head, features):
+    shape = ", ".join(map(str, features[1:]))
+    message = rf"`head` \({type(head).__name__}\) does not take features of shape \(batch, {shape}\): .*`nn.LazyLinear`"
+    with pytest.raises(ValueError, match=message):
+        build_exit_head(head, torch.zeros(features), 10, seed=0)
+
+
+def test_a_head_of_the_users_own_has_the_precision_of_its_features():
+    copied = build_exit_head(nn.Linear(6, 10).double(), torch.zeros(4, 6), 10, seed=0)
+    assert copied.weight.dtype == torch.float32
+
+
 @pytest.mark.parametrize("head", [nn.Identity(), nn.Flatten(), nn.LazyLinear(10)], ids=str)
 def test_a_head_that_gives_no_logits_is_refused(head):
     with pytest.raises(ValueError, match=r"`head` must give logits of shape \(4, 10\), got \(4, "):
