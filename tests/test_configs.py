@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,15 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 EXPERIMENTS = [path for path in CONFIGS if path.stem != "ddp"]
 DATA = Path(os.environ.get("LIGHTNING_CL_DATA", ROOT.parent / "shared" / "data"))
-LONG = {"nmc_cub200", "nmc_split_cifar100"}  # a large network for many tasks
+TEN_TASKS = {
+    "permuted_mnist",
+    "split_cifar100",
+    "er_split_cifar100",
+    "nmc_split_cifar100",
+    "nmc_cub200",
+    "exits_resnet_cifar100",
+}
+LONG = {"nmc_cub200", "nmc_split_cifar100", "exits_resnet_cifar100", "exits_split_fashion_mnist"}  # large networks
 QUICK = ["--trainer.fast_dev_run=1", "--trainer.accelerator=cpu"]
 
 
@@ -43,6 +52,13 @@ def _write_arrays(directory: Path, num_classes: int, input_shape: list[int]) -> 
         np.savez(files[part], images=images, labels=labels)
     base = {"class_path": "ArrayData", "init_args": {**files, "layout": "nchw", "val_fraction": 0.25, "num_workers": 0}}
     return f"--data.init_args.base={json.dumps(base)}"
+
+
+def _some(wanted: Callable[[str], bool]) -> list[Any]:
+    """Return the experiments of some names; those that take long are left to the slow run."""
+    chosen = [path for path in EXPERIMENTS if wanted(path.stem)]
+    marks = {path: [pytest.mark.slow] if path.stem in LONG else [] for path in chosen}
+    return [pytest.param(path, marks=marks[path], id=path.stem) for path in chosen]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -78,25 +94,20 @@ def test_digits_config_runs_as_it_is(path: Path) -> None:
     assert cli.trainer.global_step == cli.datamodule.num_tasks
 
 
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(p, marks=pytest.mark.slow) if p.stem in LONG else p for p in EXPERIMENTS if "digits" not in p.stem],
-    ids=lambda path: path.stem,
-)
+@pytest.mark.parametrize("path", _some(lambda name: "digits" not in name))
 def test_config_runs_on_arrays_of_its_shape(path: Path, tmp_path: Path) -> None:
     model = _config(path)["model"]["init_args"]
     arrays = _write_arrays(tmp_path, model["num_classes"], model.get("input_shape", [3, 32, 32]))
     untrained = ["--model.init_args.weights=null"] if "weights" in model else []
     cli = main(["fit", "--config", str(path), arrays, *untrained, *QUICK])
-    ten = ("permuted_mnist", "split_cifar100", "er_split_cifar100", "nmc_split_cifar100", "nmc_cub200")
-    tasks = {"joint": 1, "split_cifar100_b50": 6, **dict.fromkeys(ten, 10)}
+    tasks = {"joint": 1, "split_cifar100_b50": 6, **dict.fromkeys(TEN_TASKS, 10)}
     expected = tasks.get(path.stem, tasks.get(path.stem.partition("_")[0], 5))
     assert cli.datamodule.num_tasks == expected
     assert cli.trainer.global_step == expected
 
 
 @pytest.mark.data
-@pytest.mark.parametrize("path", [p for p in EXPERIMENTS if "fashion" in p.stem], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", _some(lambda name: "fashion" in name))
 def test_fashion_mnist_config_runs_on_the_real_images(path: Path) -> None:
     _need(DATA / "FashionMNIST")
     base = "--data.init_args.base.init_args"
