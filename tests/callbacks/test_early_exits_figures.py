@@ -17,7 +17,7 @@ from lightning_cl.cli import main
 from lightning_cl.datamodules import ClassIncremental, DomainIncremental
 from lightning_cl.heads.exit_rules import confidence_of, first_confident
 from lightning_cl.heads.task_logit_correction import fit_task_logit_correction
-from lightning_cl.metrics.early_exit import accuracy_at_budget, exit_curve, mean_curve
+from lightning_cl.metrics.early_exit import accuracy_at_budget, exit_curve, exit_summary, mean_curve
 from tests.modules import DigitsData, Plain, TrainingDigits, digits, quiet_trainer
 
 IMAGES, LABELS = digits(24, 10)
@@ -105,17 +105,22 @@ def test_figures_are_logged_and_written(epochs, tmp_path, capsys):
 
 
 def test_a_dry_run_measures_and_corrects_on_little(monkeypatch):
-    fitted_to = []
+    fitted_to, measured = [], []
+
+    def summary(scores, threshold):
+        measured.append(len(scores.correct))
+        return exit_summary(scores, threshold)
 
     def fit(logits, classes):
         fitted_to.append(len(logits))
         return fit_task_logit_correction(logits, classes)
 
     monkeypatch.setattr("lightning_cl.tasks.exit_evaluation.fit_task_logit_correction", fit)
+    monkeypatch.setattr("lightning_cl.tasks.exit_evaluation.exit_summary", summary)
     exits = EarlyExits(LAYERS, "mixed", threshold="auto:5pp", correction="tlc", print_table=False)
     fit_stream([exits], Deep, DigitsData(), fast_dev_run=1)
     assert fitted_to == [32, 32, 32]
-    assert [len(exits.record.scores[task].correct) for task in range(3)] == [16, 16, 16]
+    assert measured == [16] * 6
 
 
 def test_without_validation_data_nothing_is_measured_and_nothing_chosen():
