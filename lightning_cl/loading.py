@@ -81,6 +81,8 @@ def _attach_exits(module: nn.Module, state: dict[str, Any], saved: dict[str, Any
     network = ExitNetwork(spec, spec["head"])
     weights = {name.removeprefix(f"{EXITS}."): tensor for name, tensor in saved.items()}
     network.heads.load_state_dict(weights or state["heads"])
+    classifier = next(module.get_submodule(spec["classifier"]).parameters())
+    network.heads.to_type_of(classifier)  # the module may be made in another precision than it was trained in
     hooks = network.attach(module)
     record = ExitRecord()
     record.load_state_dict(state["record"])

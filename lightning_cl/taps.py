@@ -145,16 +145,16 @@ def layer_named(module: nn.Module, name: str, argument: str = "head") -> nn.Modu
         ) from None
 
 
-def find_head(module: nn.Module, num_classes: int | None, head: str | None) -> str:
+def find_head(module: nn.Module, num_classes: int | None, head: str | None, argument: str = "head") -> str:
     """Return the name of the classification layer: the one named, or the one layer with an output per class.
 
     That is a linear layer or, where none fits, a 1x1 convolution.
 
     Raises:
-        ValueError: If it cannot be told, naming `head` and listing the linear layers.
+        ValueError: If it cannot be told, with the argument that names it and the linear layers.
     """
     if head is not None:
-        layer_named(module, head)
+        layer_named(module, head, argument)
         return head
     layers: dict[str, nn.Module] = dict(linear_layers(module))
     fitting = [name for name, layer in linear_layers(module).items() if layer.out_features == num_classes]
@@ -167,7 +167,7 @@ def find_head(module: nn.Module, num_classes: int | None, head: str | None) -> s
     wanted = "the number of classes, which is unknown" if num_classes is None else f"{num_classes} outputs"
     raise ValueError(
         f"Cannot tell the classification layer of {type(module).__name__}: {found} has {wanted}. Name it with"
-        f" `head=...`. Its linear layers are: {list_layers(layers.items())}."
+        f" `{argument}=...`. Its linear layers are: {list_layers(layers.items())}."
     )
 
 

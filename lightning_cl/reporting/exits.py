@@ -89,6 +89,9 @@ def exit_table(figures: Mapping[str, Any]) -> Table:
         table.add_row(name, f"{float(cost):.2f}", f"{float(accuracy):.2f}", lost_cell, f"{float(shares[exit_]):.0%}")
     table.add_section()
     table.add_row("used", f"{figures['cost']:.2f}", f"{figures['accuracy']:.2f}", "", "")
+    for budget, reached in figures["accuracy_at_budget"].items():
+        cell = "-" if reached is None or reached != reached else f"{reached:.2f}"
+        table.add_row("within", f"{float(budget):.2f}", cell, "", "")
     return table
 
 

@@ -144,7 +144,7 @@ def find_exits(
     few = torch.arange(min(_SAMPLES, stream.samples_of(task) or 0))
     try:
         stream.check_labels(task)
-        found = find_head(pl_module, stream.num_classes, classifier)
+        found = find_head(pl_module, stream.num_classes, classifier, "classifier")
         with held_still(trainer, pl_module):
             _, batch = next(sample_batches(trainer, pl_module, stream, task, few, every_rank=True))
             batch = apply_to_collection(batch, Tensor, partial(_as_parameters, pl_module))

@@ -108,6 +108,11 @@ def test_a_layer_that_puts_out_no_rows_or_nothing(layer, reason):
 def test_two_layers_that_could_be_the_classifier():
     error = _refused(EarlyExits(["net.0"]), "More than one layer", TwoHeads)
     assert "'main', 'auxiliary'" in error
+    assert "Name it with `classifier=...`" in error
+
+
+def test_a_classifier_that_there_is_not():
+    _refused(EarlyExits(["net.0"], classifier="fc"), "EarlyExits: `classifier='fc'` names no layer of Plain")
 
 
 def test_targets_that_are_no_classes():

@@ -98,6 +98,24 @@ def test_a_loaded_module_answers_as_its_run_did_and_lets_samples_leave(when, tmp
     assert len(loaded.early_exits.heads) == 2
 
 
+def test_a_module_that_was_made_double_is_loaded_as_its_class_makes_it(tmp_path):
+    _, trainer, module = _fit(exits=EarlyExits(LAYERS, "joint", threshold=0.25), module=DoubleDeep)
+    expected = predictions(trainer, module)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    with torch.no_grad():
+        answers = lightning_cl.load(tmp_path / "last.ckpt", Deep)(TEST_IMAGES)
+    torch.testing.assert_close(answers.double(), expected, atol=1e-4, rtol=1e-4)
+
+
+class DoubleDeep(Deep):
+    def __init__(self):
+        super().__init__()
+        self.double()
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return batch[0].double(), *batch[1:]
+
+
 def test_heads_of_ones_own_cannot_be_loaded_without_their_class(tmp_path):
     exits = EarlyExits(LAYERS, "joint", head=nn.LazyLinear(6))
     _, trainer, _ = _fit(exits=exits)
