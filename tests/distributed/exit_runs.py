@@ -4,13 +4,14 @@ import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor
 
 from lightning_cl.callbacks import ContinualMetrics, EarlyExits, Replay, TaskEarlyStopping
 from lightning_cl.datamodules import ClassIncremental
+from lightning_cl.heads.exit_ensemble import Ensemble
 from lightning_cl.tasks.exit_phases import Regime
 from tests.distributed.replay_runs import GLOBAL_BATCH
 from tests.distributed.runs import DigitsOfSize, Net
@@ -25,6 +26,8 @@ class Run:
     per_class: int = 24  # 48 samples a task: three batches of 16
     epochs: int = 2
     stops: bool = False
+    ensemble: Ensemble = "none"
+    exit_classifier: Literal["head", "nearest_mean"] = "head"
 
 
 class WorseOnTheLastRank(Net):
@@ -57,7 +60,7 @@ def _run(ranks: int, run: Run) -> dict[str, Any]:
     seed_everything(1, verbose=False)
     data = DigitsOfSize(run.per_class, batch_size=GLOBAL_BATCH // ranks)
     exits, metrics, epochs = (
-        EarlyExits(["layer.1"], run.regime, threshold=0.5),
+        EarlyExits(["layer.1"], run.regime, threshold=0.3, ensemble=run.ensemble, exit_classifier=run.exit_classifier),
         ContinualMetrics(print_table=False),
         Epochs(),
     )

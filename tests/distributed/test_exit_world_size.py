@@ -11,7 +11,11 @@ from tests.distributed.exit_runs import Run, WorseOnTheLastRank, run_all
 from tests.distributed.nearest_mean_runs import NoisyNormedNet
 
 pytestmark = pytest.mark.slow
-RUNS = {regime: Run(regime) for regime in ("joint", "mixed", "disjoint")}
+RUNS = {
+    **{regime: Run(regime) for regime in ("joint", "mixed", "disjoint")},
+    "ensemble": Run("mixed", ensemble="geometric"),
+    "nearest means": Run("mixed", exit_classifier="nearest_mean"),
+}
 NORMED = Run("disjoint", NoisyNormedNet)
 STOPPED = Run("disjoint", WorseOnTheLastRank, epochs=6, stops=True)
 ENDS: dict[int, dict[Run, list[dict[str, Any]]]] = {}
@@ -26,10 +30,10 @@ def _ends(run: Run, ranks: int) -> list[dict[str, Any]]:
     return ENDS[ranks][run]
 
 
-@pytest.mark.parametrize("regime", RUNS)
-def test_two_ranks_train_what_one_trains(regime: str) -> None:
-    [one] = _ends(RUNS[regime], 1)
-    for end in _ends(RUNS[regime], 2):
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_two_ranks_train_what_one_trains(run: Run) -> None:
+    [one] = _ends(run, 1)
+    for end in _ends(run, 2):
         for part in ("weights", "heads"):
             for name, expected in one[part].items():
                 torch.testing.assert_close(end[part][name], expected, atol=1e-4, rtol=1e-3)
