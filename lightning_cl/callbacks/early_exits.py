@@ -130,7 +130,7 @@ class EarlyExits(ExitCallback):
         answers = self.threshold is not None or self.correction == "tlc" or nearest
         clock, stream = check_fit(trainer, pl_module, self.plan, answers, self.correction == "tlc")
         self._fit = ExitFit(clock, stream)
-        self._answers, self.record = False, ExitRecord()
+        self._answers, self.record, self._past = False, ExitRecord(), None
 
     @override
     def build(self, trainer: Trainer, pl_module: LightningModule) -> ExitNetwork:

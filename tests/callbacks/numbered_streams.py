@@ -90,6 +90,17 @@ class Judge(ContinualCallback):
         return False
 
 
+class SaveAfterSteps(Callback):
+    """Saves ``<step>.ckpt`` after some optimizer steps, where Lightning's own `ModelCheckpoint` does."""
+
+    def __init__(self, folder, steps):
+        self.folder, self.steps = folder, steps
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step in self.steps:
+            trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
+
+
 def fit_stream(callbacks, module=None, data=None, sequence=None, ckpt_path=None, stream=None, **settings):
     """Train two digits at a time, and return the Trainer and the module."""
     seed_everything(1, verbose=False)

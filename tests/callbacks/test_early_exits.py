@@ -11,7 +11,7 @@ from exit_streams import fit_exits as _fit
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from nearest_means import TEST_IMAGES, DigitsToPredict, predictions
-from numbered_streams import Judge, fit_stream, same, same_weights
+from numbered_streams import Judge, SaveAfterSteps, fit_stream, same, same_weights
 from torch import nn
 
 from lightning_cl.callbacks import (
@@ -112,7 +112,7 @@ class OnlyItsNet(Deep):
 @pytest.mark.parametrize("regime", REGIMES)
 def test_heads_join_an_optimizer_that_was_made_without_them(regime, tmp_path):
     """Also where it is resumed."""
-    keeper = SaveAfterSteps(tmp_path)
+    keeper = SaveAfterSteps(tmp_path, STEPS)
     named, _, module = _fit(regime, OnlyItsNet, others=[Replay(20), keeper])
     whole, _, expected = _fit(regime, others=[Replay(20)])
     resumed, _, again = _fit(regime, OnlyItsNet, others=[Replay(20)], ckpt_path=tmp_path / "10.ckpt")
@@ -150,22 +150,13 @@ def test_the_network_stands_in_eval_mode_while_the_heads_are_trained_and_in_its_
 STEPS = [1, 4, 6, 7, 9, 10, 12, 14, 17]
 
 
-class SaveAfterSteps(Callback):
-    def __init__(self, folder):
-        self.folder = folder
-
-    def on_train_batch_end(self, trainer, *args):
-        if trainer.global_step in STEPS:
-            trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     @lru_cache
     def run(regime):
         folder = tmp_path_factory.mktemp("exits")
         keeper = ModelCheckpoint(folder, "end-{epoch}", save_top_k=-1)
-        others = [Replay(20), SaveAfterSteps(folder), keeper]
+        others = [Replay(20), SaveAfterSteps(folder, STEPS), keeper]
         return *_fit(regime, others=others, enable_checkpointing=True), folder
 
     return run

@@ -7,7 +7,7 @@ from exit_streams import LAYERS, Deep
 from exit_streams import fit_exits as _fit
 from lightning.pytorch import Callback
 from nearest_means import TEST_IMAGES, VAL_IMAGES, predictions
-from numbered_streams import IMAGES, LABELS, Judge, same, same_weights
+from numbered_streams import IMAGES, LABELS, Judge, SaveAfterSteps, same, same_weights
 
 import lightning_cl
 from lightning_cl.callbacks import EarlyExits, NearestMeanClassifier, Replay
@@ -172,15 +172,6 @@ def test_classes_to_come_are_never_predicted():
 # ------------------------------------------------------------------ state
 
 
-class Saves(Callback):
-    def __init__(self, folder):
-        self.folder = folder
-
-    def on_train_batch_end(self, trainer, *args):
-        if trainer.global_step in (4, 9, 15):
-            trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
-
-
 @pytest.mark.parametrize("replay", [True, False], ids=["replay", "no memory"])
 @pytest.mark.parametrize(("option", "regime"), [("geometric", "mixed"), ("nearest", "mixed"), ("nearest", "disjoint")])
 def test_a_resumed_run_ends_the_same_to_the_bit(option, regime, replay, tmp_path):
@@ -190,7 +181,7 @@ def test_a_resumed_run_ends_the_same_to_the_bit(option, regime, replay, tmp_path
             exits=_exits(regime, **OPTIONS[option], threshold="auto:5pp"), others=[*memory, *others], **settings
         )
 
-    whole, _, module = fit([Saves(tmp_path)])
+    whole, _, module = fit([SaveAfterSteps(tmp_path, (9, 15))])
     for place in (9, 15):
         resumed, _, again = fit(ckpt_path=tmp_path / f"{place}.ckpt")
         assert same_weights(module, again)
@@ -209,6 +200,15 @@ def test_a_rejected_task_leaves_no_trace(option):
     _fit(exits=_exits(**OPTIONS[option]), others=[Replay(20), Keeps()])
     heads = {f"early_exits.{name}": tensor for name, tensor in rejected.state_dict()["heads"].items()}
     assert same({**module.state_dict(), **heads}, kept[2])
+
+
+def test_a_second_fit_begins_afresh():
+    exits = _exits(exit_classifier="nearest_mean")
+    states = []
+    for _ in range(2):
+        _fit(exits=exits)
+        states.append(exits.state_dict())
+    assert same(*states)
 
 
 # ------------------------------------------------------------------ bad input and YAML

@@ -9,7 +9,7 @@ from exit_streams import LAYERS, Deep, Weights
 from exit_streams import fit_exits as _fit
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from numbered_streams import Judge, same, same_weights
+from numbered_streams import Judge, SaveAfterSteps, same, same_weights
 
 from lightning_cl.callbacks import EarlyExits, Replay, TaskEarlyStopping
 from lightning_cl.cli import main
@@ -120,22 +120,13 @@ def test_a_task_that_was_undone_leaves_no_phase_behind(attempts, num_tasks):
 STEPS = [2, 5, 8, 11, 17]  # in each phase of the first task, of 3 steps an epoch, and in the second task
 
 
-class SaveAfterSteps(Callback):
-    def __init__(self, folder):
-        self.folder = folder
-
-    def on_train_batch_end(self, trainer, *args):
-        if trainer.global_step in STEPS:
-            trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     @lru_cache
     def run(regime):
         folder = tmp_path_factory.mktemp("phases")
         keeper = ModelCheckpoint(folder, "end-{epoch}", save_top_k=-1)
-        return *_stopped_twice(regime, [SaveAfterSteps(folder), keeper], enable_checkpointing=True), folder
+        return *_stopped_twice(regime, [SaveAfterSteps(folder, STEPS), keeper], enable_checkpointing=True), folder
 
     return run
 

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from nearest_means import NoisyNet
-from numbered_streams import Judge, fit_stream, same, same_weights
+from numbered_streams import Judge, SaveAfterSteps, fit_stream, same, same_weights
 from probed_streams import SIZE, fit_tracked
 
 from lightning_cl.callbacks import (
@@ -48,17 +48,6 @@ RUNS = {
 STEPS = [1, 4, 6, 7, 8, 12, 14]  # of 18, six a task: inside an epoch, last of a task, first of one
 
 
-class SaveAfterSteps(Callback):
-    """Saves where Lightning's own `ModelCheckpoint` does."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def on_train_batch_end(self, trainer, *args):
-        if trainer.global_step in STEPS:
-            trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """Tracker and module of an uninterrupted run, and the folder of its checkpoints; each run is made once."""
@@ -68,7 +57,7 @@ def saved(tmp_path_factory):
         folder = tmp_path_factory.mktemp("run")
         callbacks, options = RUNS[name]
         keeper = [ModelCheckpoint(folder, "end-{epoch}", save_top_k=-1)]
-        others = [*callbacks(), SaveAfterSteps(folder), *keeper]
+        others = [*callbacks(), SaveAfterSteps(folder, STEPS), *keeper]
         tracker, _, module = fit_tracked(_tracker(**options), others, NoisyNet, max_epochs=2, enable_checkpointing=True)
         return tracker, module, folder
 
