@@ -1,16 +1,12 @@
 """The heads of all exits of a network, and what is made of what they say together."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from lightning_cl.heads import ClassMeans, NearestMeanHead, pool_positions
 from lightning_cl.heads.exit_ensemble import CascadedHead, Ensemble, GeometricEnsemble
 from lightning_cl.heads.exit_heads import pool_features
-
-if TYPE_CHECKING:
-    from lightning_cl.exits.hooks import ExitHooks
 
 
 class ExitHeads(nn.Module):
@@ -53,7 +49,7 @@ class ExitHeads(nn.Module):
         if ensemble == "geometric":
             self.ensemble = GeometricEnsemble(len(heads) + 1, num_classes)
         self.nearest = nn.ModuleList([NearestMeanHead(num_classes, width) for width in widths or ()])
-        self.hooks: ExitHooks | None = None
+        self.hooks: object | None = None
         self._cascades = ensemble != "none"
 
     @property

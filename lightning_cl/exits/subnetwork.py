@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_cl.exits.heads import ExitHeads
-from lightning_cl.exits.hooks import ExitReached
+from lightning_cl.exits.hooks import ExitHooks, ExitReached
 from lightning_cl.taps import EXITS
 
 
@@ -30,7 +30,7 @@ class SubNetwork(nn.Module):
     def __init__(self, network: nn.Module, position: int) -> None:
         super().__init__()
         heads = getattr(network, EXITS, None)
-        if not isinstance(heads, ExitHeads) or heads.hooks is None:
+        if not isinstance(heads, ExitHeads) or not isinstance(heads.hooks, ExitHooks):
             raise ValueError(
                 f"`network` must have exits, as a module from `lightning_cl.load` has them; {type(network).__name__}"
                 " has none."

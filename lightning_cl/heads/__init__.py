@@ -1,4 +1,4 @@
-"""Classification heads that are fitted to features, not trained: pure `torch.nn`, for any loop."""
+"""Classification heads: fitted to features, or trained inside a network as exits. Pure `torch.nn`, for any loop."""
 
 from lightning_cl.heads.class_means import ClassMeans
 from lightning_cl.heads.nearest_mean import NearestMeanHead, pool_positions
