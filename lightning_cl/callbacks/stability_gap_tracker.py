@@ -13,11 +13,12 @@ from typing_extensions import override
 
 from lightning_cl.arguments import check_choice, check_count
 from lightning_cl.metrics.curve import AccuracyCurve
-from lightning_cl.reporting.stability import stability_figures, write_stability
+from lightning_cl.reporting.stability import PREFIXES, stability_figures, write_stability
 from lightning_cl.taps import own_outputs
 from lightning_cl.tasks import ContinualCallback, Task, TaskClock, compat
 from lightning_cl.tasks.checkpoints import check_followers
 from lightning_cl.tasks.evaluation import evaluating, find_call
+from lightning_cl.tasks.exit_callback import ExitCallback, exits_of
 from lightning_cl.tasks.head import compared_head, heads_of
 from lightning_cl.tasks.module_call import ModuleCall
 from lightning_cl.tasks.probes import Probes, choose
@@ -48,6 +49,7 @@ class StabilityGapTracker(ContinualCallback):
         dense_steps: Measure after every step for so long at the beginning of each task.
         nmc_refresh: Optimizer steps for which the prototypes of a nearest-mean head are used at the probes.
         compare_heads: Whether the classification layer is measured beside the head that stands in for it.
+        exits: Whether each exit of `EarlyExits` is measured beside what the network answers.
         head: Name of the classification layer, where it cannot be found.
 
     Example::
@@ -67,6 +69,7 @@ class StabilityGapTracker(ContinualCallback):
         dense_steps: int | None = None,
         nmc_refresh: int = 1,
         compare_heads: bool = False,
+        exits: bool = False,
         head: str | None = None,
     ) -> None:
         for name, count in (
@@ -89,10 +92,12 @@ class StabilityGapTracker(ContinualCallback):
         self.dense_steps = dense_steps
         self.nmc_refresh = nmc_refresh
         self.compare_heads = compare_heads
+        self.exits = exits
         self.head = head
         self.curve = AccuracyCurve(0)
         self._names: list[str] = []
         self._heads: list[str] = []
+        self._prefixes: list[str] = []
         self._followed: set[str] = set()
         self._log_dir: str | None = None
         self._provisional: ProvisionalHead | None = None
@@ -103,6 +108,7 @@ class StabilityGapTracker(ContinualCallback):
         self._stream: ReplayStream | None = None
         self._clock: TaskClock | None = None
         self._call: ModuleCall | None = None
+        self._exits: ExitCallback | None = None
         self._probes = Probes()
         self._classes: list[Tensor] = []  # of each task; none where tasks share classes
         if self._provisional is not None:
@@ -123,12 +129,14 @@ class StabilityGapTracker(ContinualCallback):
         heads = heads_of(trainer)
         if self.compare_heads:
             compared_head(trainer)
+        self._exits = self._exits_to_measure(trainer)
         self._provisional = ProvisionalHead(heads[0], self.probe_size, self.nmc_refresh) if heads else None
         self.curve = AccuracyCurve(len(self._stream.tasks), 1 + self.compare_heads)
         self._names = [task.name for task in self._stream.tasks]
         self._heads = [type(head).__name__ for head in heads]
         if self.compare_heads or not heads:
-            self._heads.append("classification layer")
+            self._heads.append("network" if self.exits else "classification layer")
+        self._prefixes = list(PREFIXES[: len(self._heads)])
         self._classes = [torch.tensor(own) for own in classes_apart(self._stream.tasks)]
         monitors = (str(getattr(callback, "monitor", None)) for callback in compat.callbacks_of(trainer))
         self._followed = {monitor for monitor in monitors if monitor.startswith("stability/")}
@@ -142,8 +150,34 @@ class StabilityGapTracker(ContinualCallback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.forget()
 
+    def _exits_to_measure(self, trainer: Trainer) -> ExitCallback | None:
+        if not self.exits:
+            return None
+        if self.compare_heads:
+            raise MisconfigurationException(
+                "`exits=True` of StabilityGapTracker measures the classification layer too, so `compare_heads=True`"
+                " does not go with it. Leave one out."
+            )
+        found = exits_of(trainer)
+        if found is None:
+            raise MisconfigurationException(
+                "`exits=True` of StabilityGapTracker measures the exits of a network, and there are none. Add"
+                " `EarlyExits(...)` to the callbacks, or leave `exits` out."
+            )
+        return found
+
+    def _make_room_for_exits(self) -> None:
+        """Have a row for each exit, which are known when the module has its layers."""
+        if self._exits is None or len(self._prefixes) > 1:
+            return
+        numbers = range(1, self._exits.hooks.count)
+        self._prefixes += [*(f"exit_{number}_" for number in numbers), "end_"]
+        self._heads += [*(f"exit {number}" for number in numbers), "end"]
+        self.curve = AccuracyCurve(len(self.stream.tasks), len(self._prefixes))
+
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._make_room_for_exits()
         without_files = not trainer.loggers or trainer.fast_dev_run  # type: ignore[attr-defined]
         self._log_dir = None if without_files else trainer.log_dir
         for task in self.stream.tasks:
@@ -179,7 +213,7 @@ class StabilityGapTracker(ContinualCallback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and self._log_dir is not None and self.curve.length:
-            write_stability(Path(self._log_dir), self.curve, self._names, self._heads, self.window)
+            write_stability(Path(self._log_dir), self.curve, self._names, self._heads, self.window, self._prefixes)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -190,11 +224,12 @@ class StabilityGapTracker(ContinualCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._stream is None:  # a test has nothing to follow, and must not replace the curve of a fit
             return
-        compared = state_dict["curve"]["accuracies"].shape[1] == 2
-        if compared != self.compare_heads:
+        self._make_room_for_exits()
+        saved, own = state_dict["curve"]["accuracies"].shape[1], len(self._prefixes)
+        if saved != own:
             raise MisconfigurationException(
-                f"The checkpoint is from a run with `compare_heads={compared}`, this StabilityGapTracker has"
-                f" `compare_heads={self.compare_heads}`. Resume with the same."
+                f"The checkpoint is from a run with {_option(saved)}, this StabilityGapTracker has {_option(own)}."
+                " Resume with the same."
             )
         self.curve.load_state_dict(state_dict["curve"])
         self._probes = Probes()  # a task that was undone may be skipped
@@ -203,8 +238,12 @@ class StabilityGapTracker(ContinualCallback):
 
     @property
     def figures(self) -> dict[str, float]:
-        """The figures of the run so far, by name; those of the classification layer begin with ``linear_``."""
-        return stability_figures(self.curve, self.window)
+        """The figures of the run so far, by name.
+
+        With `compare_heads` those of the classification layer begin with ``linear_``; with `exits` those of the exits
+        with ``exit_1_`` and so on, and of the end with ``end_``.
+        """
+        return stability_figures(self.curve, self.window, self._prefixes)
 
     @property
     def stream(self) -> ReplayStream:
@@ -244,16 +283,15 @@ class StabilityGapTracker(ContinualCallback):
             if task not in self._probes and task not in self.clock.progress.rejected:
                 chosen = choose(self.probe_size, stream.samples_of(task, "val") or 0, stream.seed, task)
                 self._probes.fetch(trainer, pl_module, stream, task, chosen, "val")
-        rows = []
         if self._provisional is not None:
             self._provisional.fetch(trainer, pl_module, stream)
         with evaluating(trainer, pl_module):
             with self._keeping_up(trainer, pl_module):
-                rows.append(self._measured(trainer, pl_module, current))
+                accuracies, recency = self._measured(trainer, pl_module, current)
             if self.compare_heads:
                 with own_outputs():
-                    rows.append(self._measured(trainer, pl_module, current))
-        accuracies, recency = torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
+                    own = self._measured(trainer, pl_module, current)
+                accuracies, recency = torch.cat([accuracies, own[0]]), torch.cat([recency, own[1]])
         self.curve.append(trainer.global_step, current, epoch_end, accuracies, recency)
         self._log(trainer, accuracies)
 
@@ -268,29 +306,46 @@ class StabilityGapTracker(ContinualCallback):
             yield
 
     def _measured(self, trainer: Trainer, pl_module: LightningModule, current: int) -> tuple[Tensor, Tensor]:
-        """Return the accuracy on each task and the task-recency bias."""
-        if self._call is None:
-            raise RuntimeError("StabilityGapTracker was asked for accuracies before training began.")
-        shape = len(self.stream.tasks), 2, 2
-        counts = torch.zeros(shape, dtype=torch.int64, device=pl_module.device)  # by task, right, taken for the newest
+        """Return the accuracy of each head on each task, and its task-recency bias."""
+        shape = len(self._prefixes) - self.compare_heads, len(self.stream.tasks), 2, 2
+        # by head, task, right, taken for the newest
+        counts = torch.zeros(shape, dtype=torch.int64, device=pl_module.device)
         newest = (
             self._classes[current].to(pl_module.device) if self._classes else torch.zeros(0, device=pl_module.device)
         )
-        for output, labels, tasks in self._probes.call(self._call):
-            predicted = output.argmax(dim=1)
-            taken = torch.isin(predicted, newest)
-            cells = tasks * 4 + (predicted == labels) * 2 + taken
-            counts += cells.bincount(minlength=counts.numel()).view(shape)
+        heads = torch.arange(shape[0], device=pl_module.device)
+        for predicted, labels, tasks in self._probes.call(self._predictions):
+            right, taken = predicted == labels[:, None], torch.isin(predicted, newest)
+            cells = heads * counts[0].numel() + tasks[:, None] * 4 + right * 2 + taken
+            counts += cells.flatten().bincount(minlength=counts.numel()).view(shape)
         counts = trainer.strategy.reduce(counts, reduce_op="sum").cpu().float()
-        samples = counts.sum((1, 2))
-        shares = counts[:, :, 1].sum(1) / samples
-        recency = shares[:current].nanmean() if len(newest) else torch.tensor(torch.nan)
-        return counts[:, 1].sum(1) / samples, recency
+        samples = counts.sum((2, 3))
+        shares = counts[..., 1].sum(2) / samples
+        recency = shares[:, :current].nanmean(1) if len(newest) else torch.full(shape[:1], torch.nan)
+        return counts[:, :, 1].sum(2) / samples, recency
+
+    def _predictions(self, batch: Any) -> Tensor:
+        """Return the classes that the network and, where they are measured, its exits predict, ``(batch, heads)``."""
+        if self._call is None:
+            raise RuntimeError("StabilityGapTracker was asked for accuracies before training began.")
+        if self._exits is None:
+            return self._call(batch).argmax(dim=1, keepdim=True)
+        hooks = self._exits.hooks
+        with hooks.collecting():
+            answers = [self._call(batch), *hooks.logits]
+        return torch.stack([answer.argmax(dim=1) for answer in answers], dim=1)
 
     def _log(self, trainer: Trainer, accuracies: Tensor) -> None:
         figures = {}
-        for prefix, row in zip(("probe_acc", "linear_probe_acc"), accuracies, strict=False):
-            measured = {f"{prefix}/task_{task}": value for task, value in enumerate(row.tolist()) if value == value}
+        for prefix, row in zip(self._prefixes, accuracies.tolist(), strict=True):
+            measured = {f"{prefix}probe_acc/task_{task}": value for task, value in enumerate(row) if value == value}
             figures.update(measured)
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=compat.logged_step(trainer))
+
+
+def _option(heads: int) -> str:
+    """Say which option measures so many heads."""
+    if heads > 2:
+        return f"`exits=True` and {heads - 2} exits"
+    return f"`compare_heads={heads == 2}`"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_cl.exits.heads import ExitHeads
 from lightning_cl.exits.points import ExitPoint
-from lightning_cl.heads.exit_rules import Confidence, confidence_of, patience_of
+from lightning_cl.heads.exit_rules import Confidence, confidence_of, confidences_by_exit, first_confident, patience_of
 from lightning_cl.taps import first_tensor, layer_named, wants_own_outputs
 
 Collected = Literal["answers", "logits", "features"]
@@ -92,6 +92,8 @@ class ExitHooks:
     @contextmanager
     def collecting(self, what: Collected = "answers") -> Iterator[None]:
         """Let no row leave, and hear every exit.
+
+        In eval mode the classification layer still puts out what it would: the answers of the exits that are taken.
 
         Args:
             what: "answers" has in `logits` what the exits answer with in eval mode, and what their heads say in
@@ -218,8 +220,7 @@ class ExitHooks:
         if self.confidence != "patience":
             return confidence_of(logits, self.confidence)
         self._predictions.append(logits.argmax(1))
-        so_far = patience_of(torch.stack(self._predictions, dim=1))[:, -1]
-        return so_far * position / len(self._points)  # as a share of the repeats up to the last head
+        return patience_of(torch.stack(self._predictions, dim=1), len(self._layers))[:, position]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _at_end(self, layer: nn.Module, inputs: Any, named: dict[str, Any], output: Tensor) -> Tensor | None:
@@ -234,10 +235,23 @@ class ExitHooks:
             return None
         if wants_own_outputs() and not self._collects:
             return None
-        answer = self._last_answer(output, first_tensor(inputs, named))
-        if self._collects:
-            self.logits.append(answer)
-        return self._put_back(answer) if self._left else answer
+        features = first_tensor(inputs, named)
+        answer = self._last_answer(output, features)
+        if not self._collects:
+            return self._put_back(answer) if self._left else answer
+        self.logits.append(answer)
+        if wants_own_outputs():
+            return None
+        if self.threshold is not None:
+            return self._taken_of_all(self.threshold).to(answer)
+        self._said = []  # without a threshold exits are not asked, and the end answers alone
+        return self._last_answer(output, features)
+
+    def _taken_of_all(self, threshold: float) -> Tensor:
+        """Return the answers that rows would leave with, of those of all exits."""
+        logits = torch.stack(self.logits, dim=1)
+        taken = first_confident(confidences_by_exit(logits, self.confidence), threshold)
+        return logits[torch.arange(len(taken), device=taken.device), taken]
 
     def _last_answer(self, output: Tensor, features: Tensor | None) -> Tensor:
         if self._straggler:

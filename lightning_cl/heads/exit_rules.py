@@ -33,11 +33,12 @@ def confidence_of(logits: Tensor, confidence: Literal["max_softmax", "entropy"] 
     return 1 - entropy / math.log(max(2, logits.shape[-1]))
 
 
-def patience_of(predictions: Tensor) -> Tensor:
+def patience_of(predictions: Tensor, exits: int | None = None) -> Tensor:
     """Compute how often each prediction was repeated, as a share of how often it could be (arXiv 2006.04152).
 
     Args:
         predictions: The class that each exit predicts, of shape ``(samples, exits)``.
+        exits: How many exits there are, where the later ones have not predicted yet.
 
     Returns:
         Of the same shape: 0 at the first exit and wherever the prediction changes, 1 at the last if all agree.
@@ -52,7 +53,25 @@ def patience_of(predictions: Tensor) -> Tensor:
     for position in range(1, predictions.shape[1]):
         same = predictions[:, position] == predictions[:, position - 1]
         repeats[:, position] = (repeats[:, position - 1] + 1) * same
-    return repeats / max(1, predictions.shape[1] - 1)
+    return repeats / max(1, (exits or predictions.shape[1]) - 1)
+
+
+def confidences_by_exit(logits: Tensor, confidence: Confidence = "max_softmax") -> Tensor:
+    """Compute how sure each exit is of each sample, where every exit was asked.
+
+    Args:
+        logits: What the exits answer, of shape ``(samples, exits, classes)``.
+        confidence: What sure is.
+
+    Returns:
+        Of shape ``(samples, exits)``.
+
+    Example::
+
+        >>> confidences_by_exit(torch.tensor([[[0.0, 0.0], [0.0, 9.0]]])).round(decimals=1)
+        tensor([[0.5000, 1.0000]])
+    """
+    return patience_of(logits.argmax(-1)) if confidence == "patience" else confidence_of(logits, confidence)
 
 
 def first_confident(confidences: Tensor, threshold: float) -> Tensor:

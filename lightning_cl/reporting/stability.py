@@ -21,16 +21,17 @@ CSV_NAME = "stability_gap.csv"
 JSON_NAME = "stability_gap.json"
 PNG_NAME = "stability_gap.png"
 
-_PREFIXES = ("", "linear_")
+PREFIXES = ("", "linear_")  # of a head that stands in for the classification layer, and of that layer
 _VISIBLE = 0.03  # a smaller fall has no room for an arrow
 
 
-def stability_figures(curve: AccuracyCurve, window: int) -> dict[str, float]:
-    """Compute the figures of a curve, by name; those of a second head, the classification layer, begin with `linear_`.
+def stability_figures(curve: AccuracyCurve, window: int, prefixes: Sequence[str] = PREFIXES) -> dict[str, float]:
+    """Compute the figures of a curve, by name.
 
     Args:
         curve: The accuracies of a run.
         window: Evaluations that WF^w and WP^w look back.
+        prefixes: What the names of each head's figures begin with.
     """
     figures: dict[str, float] = {}
     if curve.length == 0:
@@ -39,7 +40,7 @@ def stability_figures(curve: AccuracyCurve, window: int) -> dict[str, float]:
     # tasks that are still to come have no part in the figures
     seen = torch.arange(curve.accuracies.shape[2]) <= trained[:, None, None]
     for prefix, accuracies, recency in zip(
-        _PREFIXES,
+        prefixes,
         curve.accuracies.where(seen, torch.nan).unbind(dim=1),
         curve.recency.unbind(dim=1),
         strict=False,
@@ -64,7 +65,12 @@ def stability_figures(curve: AccuracyCurve, window: int) -> dict[str, float]:
 
 
 def write_stability(
-    directory: Path, curve: AccuracyCurve, task_names: Sequence[str], head_names: Sequence[str], window: int
+    directory: Path,
+    curve: AccuracyCurve,
+    task_names: Sequence[str],
+    head_names: Sequence[str],
+    window: int,
+    prefixes: Sequence[str] = PREFIXES,
 ) -> list[Path]:
     """Write the curve as CSV, its figures as JSON and both as a picture.
 
@@ -74,11 +80,13 @@ def write_stability(
         task_names: One name per task.
         head_names: One name per head.
         window: Evaluations that WF^w and WP^w look back.
+        prefixes: What the names of each head's figures and columns begin with.
 
     Returns:
         The paths of the files written.
     """
-    texts = {CSV_NAME: _csv_text(curve), JSON_NAME: json_of(stability_figures(curve, window))}
+    figures = stability_figures(curve, window, prefixes)
+    texts = {CSV_NAME: _csv_text(curve, prefixes), JSON_NAME: json_of(figures)}
     paths = [write_atomically(directory / name, text.encode()) for name, text in texts.items()]
     return [*paths, write_atomically(directory / PNG_NAME, png_of(stability_figure(curve, task_names, head_names)))]
 
@@ -154,10 +162,10 @@ def _switches(curve: AccuracyCurve) -> Iterator[float]:
             yield (before + after) / 2
 
 
-def _csv_text(curve: AccuracyCurve) -> str:
+def _csv_text(curve: AccuracyCurve, prefixes: Sequence[str]) -> str:
     heads, tasks = curve.accuracies.shape[1:]
     columns = ["step", "task", "epoch_end"]
-    for prefix in _PREFIXES[:heads]:
+    for prefix in prefixes[:heads]:
         columns += [f"{prefix}acc_task_{task}" for task in range(tasks)] + [f"{prefix}task_recency_bias"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_cl.exits import ExitHooks
-from lightning_cl.heads.exit_rules import Confidence, confidence_of, patience_of
+from lightning_cl.heads.exit_rules import Confidence, confidences_by_exit
 from lightning_cl.heads.task_logit_correction import TaskLogitCorrection, fit_task_logit_correction
 from lightning_cl.metrics.early_exit import ExitScores, ExitSummary, cheapest_threshold, exit_summary, mean_curve
 from lightning_cl.tasks.batches import as_labels
@@ -54,10 +54,8 @@ def score_exits(
             labels = as_labels(stream.structure.find_targets(batch))
             call(batch)
             logits = torch.stack(hooks.logits, dim=1)
-            predictions = logits.argmax(-1)
-            sure = patience_of(predictions) if confidence == "patience" else confidence_of(logits, confidence)
-            confidences.append(sure.float())
-            correct.append(predictions == labels[:, None])
+            confidences.append(confidences_by_exit(logits, confidence).float())
+            correct.append(logits.argmax(-1) == labels[:, None])
     rows = torch.cat([torch.cat(confidences), torch.cat(correct).float()], dim=1)
     _, rows = gather_rows(trainer, torch.arange(len(rows)), rows)
     heads = rows.shape[1] // 2

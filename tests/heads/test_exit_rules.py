@@ -41,6 +41,13 @@ def test_patience_counts_repeats():
     assert torch.equal(patience_of(predictions) * 3, repeats.float())
 
 
+def test_patience_is_the_same_before_the_later_exits_have_predicted():
+    predictions = torch.zeros(3, 60, dtype=torch.long)
+    predictions[1, 7] = predictions[2, 20:] = 1
+    for known in range(1, 61):
+        assert torch.equal(patience_of(predictions[:, :known], 60), patience_of(predictions)[:, :known])
+
+
 @pytest.mark.parametrize(("threshold", "exit_"), [(0.0, 0), (0.49, 0), (0.5, 1), (0.79, 1), (0.8, 2), (1.0, 2)])
 def test_a_sample_leaves_where_it_is_first_surer_than_the_threshold(threshold, exit_):
     assert first_confident(torch.tensor([[0.5, 0.8, 0.2]]), threshold).tolist() == [exit_]
