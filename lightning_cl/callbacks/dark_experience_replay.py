@@ -1,19 +1,21 @@
 """Dark Experience Replay: past samples are replayed with the logits that the network gave them."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_cl.memory import Selection
-from lightning_cl.taps import own_outputs
 from lightning_cl.tasks import Draw, Task
 from lightning_cl.tasks.batches import as_labels, count_rows, take_rows
 from lightning_cl.tasks.evaluation import evaluate_samples, evaluating, find_call, gather_rows
+from lightning_cl.tasks.exit_callback import logits_by_head
 from lightning_cl.tasks.module_call import ModuleCall
 from lightning_cl.tasks.replay import ReplayCallback, Start, Storage
 
@@ -30,6 +32,9 @@ class DarkExperienceReplay(ReplayCallback):
 
     Logits are kept for each slot of the memory, in eval mode: of the finished network when a task ends, or, with
     ``start="online"``, of the network as it was when a sample was seen last in its own task, as in the paper.
+
+    Beside ``EarlyExits(losses="all_exits")`` those of every exit are kept too, and both terms are means over the heads;
+    while the network is trained alone they are those of its own head.
 
     Args:
         size: Slots of the memory. Without it (and without ``per_class``) nothing is replayed.
@@ -79,7 +84,10 @@ class DarkExperienceReplay(ReplayCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         if self.memory is not None:
-            self._call, _ = find_call(trainer, pl_module, self.stream, head=self.head, differentiable=True)
+            self._call, batch = find_call(trainer, pl_module, self.stream, head=self.head, differentiable=True)
+            if LOGITS in self.memory.extras:
+                with evaluating(trainer, pl_module):
+                    self._check_kept(self.memory.extras[LOGITS], self._logits(trainer, batch))
 
     @override
     def around_training_step(
@@ -117,14 +125,16 @@ class DarkExperienceReplay(ReplayCallback):
         draw = self.stream.training_draw if self.memory is not None else None
         if self._replayed is None or self.memory is None or draw is None:
             return None
-        logits = self._logits(self._replayed)
+        logits = self._logits(trainer, self._replayed)
+        _, heads, classes = logits.shape
         if draw.replayed is None:
             return 0.0 * logits.sum()
         kept = self.memory.extras[LOGITS][draw.replayed.slots].to(logits.device)
+        kept = torch.unflatten(kept, 1, (-1, classes))[:, -heads:]  # while the network is trained alone it has no exits
         loss = self.alpha * F.mse_loss(logits, kept)
         if self.beta > 0:
             labels = as_labels(self.stream.structure.find_targets(self._replayed))
-            loss = loss + self.beta * F.cross_entropy(logits, labels)
+            loss = loss + self.beta * F.cross_entropy(logits.flatten(0, 1), labels.repeat_interleave(heads))
         return loss
 
     @override
@@ -146,7 +156,8 @@ class DarkExperienceReplay(ReplayCallback):
         slots = (self.memory.tasks == task.index).nonzero().squeeze(1)
         if len(slots) > 0:
             samples = self.memory.indices[slots]
-            logits = evaluate_samples(trainer, pl_module, self.stream, task.index, samples, self._logits)
+            logits_of = partial(self._logits, trainer)
+            logits = evaluate_samples(trainer, pl_module, self.stream, task.index, samples, logits_of)
             self.memory.put(LOGITS, slots, logits)
 
     @property
@@ -159,11 +170,19 @@ class DarkExperienceReplay(ReplayCallback):
         super().forget()
         self._call = self._replayed = self._looked = None
 
-    def _logits(self, batch: Any) -> Tensor:
+    def _logits(self, trainer: Trainer, batch: Any) -> Tensor:
+        """Return the logits of each head, ``(batch, heads, classes)``."""
         if self._call is None:
             raise RuntimeError("DarkExperienceReplay was asked for logits before training began.")
-        with own_outputs():
-            return self._call(batch)
+        return logits_by_head(trainer, self._call, batch)
+
+    def _check_kept(self, kept: Tensor, logits: Tensor) -> None:
+        columns = logits[0].numel()
+        if kept.shape[1] != columns:
+            raise MisconfigurationException(
+                f"The checkpoint's replay memory keeps {kept.shape[1]} logits of each sample, and the heads of this run"
+                f" have {columns}. Resume with the same classification layer, and the same `losses` of EarlyExits."
+            )
 
     def _look(self, trainer: Trainer, pl_module: LightningModule, batch: Any, draw: Draw) -> None:
         """Take the logits of the step's own samples that are in the memory, or will be after this step."""
@@ -181,5 +200,5 @@ class DarkExperienceReplay(ReplayCallback):
         ids = torch.tensor([draw.ids[row] for row in rows], dtype=torch.long)
         with evaluating(trainer, pl_module):
             # a rank without such a sample looks at one all the same, to learn how many logits there are
-            logits = self._logits(take_rows(batch, rows or [0], len(draw.ids)))[: len(rows)].float()
-        self._looked = gather_rows(trainer, ids, logits)
+            logits = self._logits(trainer, take_rows(batch, rows or [0], len(draw.ids)))[: len(rows)].float()
+        self._looked = gather_rows(trainer, ids, logits.flatten(1))

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -223,5 +224,7 @@ def logits_by_head(trainer: Trainer, call: Callable[[Any], Tensor], batch: Any) 
         if exits is None or exits.losses == "last_head":
             return call(batch)[:, None]
         with exits.hooks.collecting("logits"):
-            call(batch)
+            # a network that stands still needs no gradient; its heads see to theirs
+            with torch.no_grad() if exits.hooks.detached else nullcontext():
+                call(batch)
             return torch.stack(exits.hooks.logits, dim=1)
