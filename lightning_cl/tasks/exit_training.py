@@ -81,9 +81,9 @@ class ExitTraining:
         hooks.begin_step()
         with torch.no_grad() if self.phase == "heads" else nullcontext():
             outputs = step(batch)
+        logits, hooks.logits = hooks.logits, []  # they hold the graph of the step
         if not isinstance(outputs.get("loss") if isinstance(outputs, dict) else outputs, Tensor):
             return outputs  # the module skips this batch
-        logits = hooks.logits
         targets = as_labels(structure.find_targets(batch))
         # on a network that stands still all calls are without gradients, and the last one counts
         once = hooks.calls == 1 or self.phase == "heads"

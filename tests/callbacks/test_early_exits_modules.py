@@ -1,10 +1,13 @@
 """Exits in modules of all kinds: what their training steps do, and what is left of exits without a Trainer."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from exit_streams import LAYERS, Deep, Weights
 from exit_streams import fit_exits as _fit
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from nearest_means import TEST_IMAGES, predictions
@@ -76,6 +79,17 @@ def test_exits_go_on_no_module_that_they_were_not_found_in(call):
     with pytest.raises(MisconfigurationException, match="EarlyExits: The exits are of another module: Plain has no"):
         getattr(trainer, call)(other, datamodule=trainer.datamodule)
     assert not hasattr(other, "early_exits")
+
+
+def test_the_module_can_be_copied_between_two_steps():
+    copies = []
+
+    class Copies(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            copies.append(copy.deepcopy(pl_module.net))
+
+    _fit(others=[Copies()])
+    assert not same_weights(copies[0], copies[-1])
 
 
 # ------------------------------------------------------------------ without a Trainer
