@@ -73,7 +73,7 @@ class ExitHooks:
         self._passes = False  # a call without gradients in a training step, such as for an accuracy
         self._straggler = False  # one row goes on although all have left
         self._nearest = False  # nearest means answer
-        self._rows: Tensor | None = None  # the rows of the batch that are still in the network
+        self._rows: Tensor | None = None  # those of the batch that are still in the network, once some have left
         self._left: list[tuple[Tensor, Tensor]] = []  # rows that left, and their logits
         self._said: list[Tensor] = []  # by exit, of the rows that are still there
         self._predictions: list[Tensor] = []  # by exit, of the same
@@ -193,19 +193,21 @@ class ExitHooks:
     def _let_go(self, output: Tensor, position: int, threshold: float) -> Tensor | None:
         """Take down who leaves, and return the rows that stay; ``None`` if all do."""
         logits = self._answer(position, output)
-        if self._rows is None:
-            self._rows = torch.arange(len(output), device=output.device)
-            self.taken = torch.full_like(self._rows, len(self._points))
-        if not self.removes_rows:
+        if self.taken is None:
+            self.taken = torch.full((len(output),), len(self._points), device=output.device)
+        if not self.removes_rows and self._rows is not None:
             logits = logits[self._rows]
         leaves = self._confidences(logits, position) > threshold
-        leaving, stays = leaves.nonzero().squeeze(1), (~leaves).nonzero().squeeze(1)
+        leaving = leaves.nonzero().squeeze(1)
         if len(leaving) == 0:
             return None
-        rows = self._rows[leaving]
-        self._left.append((rows, logits[leaving]))
-        self.taken[rows] = position  # type: ignore[index]
-        self._rows = self._rows[stays]
+        # a call costs more than its work where few rows are left
+        everybody = len(leaving) == len(leaves)
+        stays = leaving[:0] if everybody else (~leaves).nonzero().squeeze(1)
+        there = self._rows
+        rows, self._rows = (leaving, stays) if there is None else (there[leaving], there[stays])
+        self._left.append((rows, logits if everybody else logits[leaving]))
+        self.taken[rows] = position
         self._predictions = [predictions[stays] for predictions in self._predictions]
         if not self.removes_rows:
             return None
@@ -263,6 +265,10 @@ class ExitHooks:
 
     def _put_back(self, output: Tensor) -> Tensor:
         """Return the answers of all rows in their order."""
+        first, logits = self._left[0]
+        if len(first) == len(self.taken):  # type: ignore[arg-type]
+            self._rows, self._left = None, []
+            return logits.to(output)
         whole = output.new_empty(len(self.taken), *output.shape[1:])  # type: ignore[arg-type]
         if not self._straggler:
             whole[self._rows] = output if self.removes_rows else output[self._rows]

@@ -55,6 +55,15 @@ def test_pooling_is_a_learnt_mixture():
     assert head.alpha.grad is not None
 
 
+@pytest.mark.parametrize("size", [(28, 28), (16, 8), (14, 14), (3, 9)])
+def test_pooling_in_windows_of_one_size_gives_what_pooling_in_training_gives(size):
+    head = PooledExitHead((3, *size), num_classes=5)
+    features = torch.randn(2, 3, *size)
+    torch.testing.assert_close(head.eval()(features), head.train()(features))
+    as_images_come = features.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(head.eval()(as_images_come), head.train()(features))
+
+
 def test_the_share_of_the_largest_begins_between_0_and_1():
     alphas = torch.stack([build_exit_head("pool", torch.zeros(1, 2, 4, 4), 2, seed).alpha for seed in range(200)])
     assert 0 <= alphas.min() < 0.1
