@@ -32,6 +32,7 @@ from lightning_cl.tasks.exit_phases import PhasePlan, Regime
 from lightning_cl.tasks.exit_prototypes import ExitPrototypes
 from lightning_cl.tasks.exit_search import check_fit, check_validation_data, exits_wanted, find_exits
 from lightning_cl.tasks.exit_training import ExitTraining
+from lightning_cl.tasks.stream_means import refuse_infinite_losses, validates_before_means
 
 
 class EarlyExits(ExitCallback):
@@ -103,6 +104,12 @@ class EarlyExits(ExitCallback):
         check_choice("ensemble", ensemble, ("none", "cascade", "geometric"))
         check_choice("exit_classifier", exit_classifier, ("head", "nearest_mean"))
         check_choice("correction", correction, ("none", "tlc"))
+        if ensemble == "geometric" and threshold is None:
+            raise ValueError(
+                "`ensemble='geometric'` answers where samples may leave, and without a `threshold` they go to the end"
+                " and the classification layer answers. Say how sure an exit must be; `threshold=1.0` keeps all to the"
+                " end."
+            )
         if exit_classifier == "nearest_mean" and ensemble != "none":
             raise ValueError(
                 f"`ensemble={ensemble!r}` joins what the heads say, and with `exit_classifier='nearest_mean'` they do"
@@ -129,6 +136,8 @@ class EarlyExits(ExitCallback):
         nearest = self.exit_classifier == "nearest_mean"
         answers = self.threshold is not None or self.correction == "tlc" or nearest
         clock, stream = check_fit(trainer, pl_module, self.plan, answers, self.correction == "tlc")
+        if nearest and validates_before_means(trainer, stream):
+            refuse_infinite_losses(trainer)
         self._fit = ExitFit(clock, stream)
         self._answers, self.record, self._past = False, ExitRecord(), None
 
@@ -202,8 +211,15 @@ class EarlyExits(ExitCallback):
 
     @override
     def on_batch_trained(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
-        if self.fit.prototypes is not None and trainer.is_last_batch:
-            self.fit.prototypes.refresh(trainer, pl_module)
+        if self.fit.prototypes is not None:
+            self.fit.prototypes.forget_current()
+            if trainer.is_last_batch:
+                self.fit.prototypes.refresh(trainer, pl_module)
+
+    @override
+    def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
+        if self.fit.prototypes is not None:
+            self.fit.prototypes.forget_current()
 
     @override
     def next_phase(self, trainer: Trainer, pl_module: LightningModule, task: Task, stopped: bool) -> bool:

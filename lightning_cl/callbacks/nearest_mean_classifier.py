@@ -4,16 +4,22 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_cl.arguments import check_choice, check_count
 from lightning_cl.heads import ClassMeans, NearestMeanHead
-from lightning_cl.tasks import Task, compat
+from lightning_cl.tasks import Task
 from lightning_cl.tasks.head import HeadCallback
-from lightning_cl.tasks.stream_means import Prototypes, Source, StreamMeans, reduce_means
+from lightning_cl.tasks.stream_means import (
+    Prototypes,
+    Source,
+    StreamMeans,
+    reduce_means,
+    refuse_infinite_losses,
+    validates_before_means,
+)
 
 
 class NearestMeanClassifier(HeadCallback):
@@ -73,20 +79,8 @@ class NearestMeanClassifier(HeadCallback):
         if stage == "fit":
             self._known_means = StreamMeans(self.stream, self.prototypes, [], self.normalize, self._features)
             self._refreshed_at = -1
-            self._check_early_stopping(trainer)
-
-    def _check_early_stopping(self, trainer: Trainer) -> None:
-        """Refuse early stopping on a loss that would be infinite, since a class has no prototype when it is scored."""
-        later = max(self.stream.served_tasks("val"), default=0) > self.stream.current_task.index
-        if self.refresh == "epoch" and self.prototypes != "memory" and not later:
-            return
-        for callback in compat.callbacks_of(trainer):
-            if isinstance(callback, EarlyStopping) and callback.check_finite and _is_loss(callback.monitor):
-                raise MisconfigurationException(
-                    f"Early stopping on {callback.monitor!r} would end each task when it is infinite, as it is while a"
-                    " validated class has no prototype and so scores minus infinity. Monitor an accuracy, or say"
-                    " `check_finite=False`."
-                )
+            if self.refresh != "epoch" or self.prototypes == "memory" or validates_before_means(trainer, self.stream):
+                refuse_infinite_losses(trainer)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -188,7 +182,3 @@ class NearestMeanClassifier(HeadCallback):
 
     def _features(self, pl_module: LightningModule, batch: Any) -> list[Tensor]:
         return [self.features_of(pl_module, batch)]
-
-
-def _is_loss(monitor: str) -> bool:
-    return "loss" in monitor and "train" not in monitor

@@ -25,6 +25,7 @@ class ExitHeads(nn.Module):
         ensemble: The weights of the geometric ensemble; ``None`` without one.
         nearest: A nearest-mean head for each exit and the end; none where heads answer.
         hooks: What lets the heads answer, while they are on a network.
+        knows_means: Whether nearest means answer, and some are known.
 
     Example::
 
@@ -51,17 +52,13 @@ class ExitHeads(nn.Module):
         self.nearest = nn.ModuleList([NearestMeanHead(num_classes, width) for width in widths or ()])
         self.hooks: object | None = None
         self._cascades = ensemble != "none"
+        self.knows_means = False
+        self.register_load_state_dict_post_hook(_look_for_means)  # type: ignore[no-untyped-call]
 
     @property
     def looks_back(self) -> bool:
         """Whether an exit needs what those before it said."""
         return self._cascades
-
-    @property
-    def knows_means(self) -> bool:
-        """Whether nearest means answer, and some are known."""
-        end = self.nearest[-1] if len(self.nearest) > 0 else None
-        return isinstance(end, NearestMeanHead) and bool(end.known.any())
 
     def say(self, position: int, features: Tensor, said: Sequence[Tensor]) -> Tensor:
         """Return the logits of a head for its layer's output.
@@ -90,6 +87,12 @@ class ExitHeads(nn.Module):
         for head, part in zip(self.nearest, means, strict=True):
             if isinstance(head, NearestMeanHead):
                 head.set_means(part)
+        self.look_for_means()
+
+    def look_for_means(self) -> None:
+        """Find out whether means are known."""
+        end = self.nearest[-1] if len(self.nearest) > 0 else None
+        self.knows_means = isinstance(end, NearestMeanHead) and bool(end.known.any())
 
     def pooled(self, position: int, features: Tensor) -> Tensor:
         """Return one row of features a sample, as nearest means compare them."""
@@ -106,3 +109,8 @@ class ExitHeads(nn.Module):
             self.ensemble.to(features.device)
         self.nearest.to(features.device)
         return self
+
+
+def _look_for_means(heads: nn.Module, keys: object) -> None:
+    if isinstance(heads, ExitHeads):
+        heads.look_for_means()

@@ -40,6 +40,7 @@ class ExitHooks:
         logits: What each exit said of the last batch, the classification layer last; in training and `collecting`.
         features: What each exit got, pooled; in ``collecting("features")``.
         taken: The exit that each row of the last batch took, in eval mode with a threshold.
+        root: The module.
 
     Example::
 
@@ -65,7 +66,7 @@ class ExitHooks:
         self.logits: list[Tensor] = []
         self.features: list[Tensor] = []
         self.taken: Tensor | None = None
-        self._root = root
+        self.root = root
         self._points = points
         self._heads = heads
         self._collects: Collected | None = None
@@ -82,6 +83,9 @@ class ExitHooks:
             layer.register_forward_hook(self._at(position)) for position, layer in enumerate(self._layers[:-1])
         ]
         self._handles.append(self._layers[-1].register_forward_hook(self._at_end, with_kwargs=True))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ExitHooks":
+        return self  # a copy of the network has no exits, and its layers ask who they are
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -141,7 +145,7 @@ class ExitHooks:
                 self._begin_batch()
             if self._passes:
                 return None
-            if self._root.training or self._collects:
+            if self.root.training or self._collects:
                 self._hear(position, output.clone() if point.written_over else output)
                 return None
             if self.threshold is None or len(output) == 0 or self._straggler or wants_own_outputs():
@@ -151,7 +155,7 @@ class ExitHooks:
         return hook  # type: ignore[no-any-return]
 
     def _begin_batch(self) -> None:
-        training = self._root.training
+        training = self.root.training
         self._passes = training and not self.detached and not torch.is_grad_enabled()
         if self._passes:
             return
@@ -163,7 +167,7 @@ class ExitHooks:
 
     def _hear(self, position: int, features: Tensor) -> None:
         """Take down what an exit says, whoever may be sure."""
-        training = self._root.training
+        training = self.root.training
         if self._collects == "features":
             self.features.append(self._heads.pooled(position, features))
         elif training and self.silent:
@@ -232,7 +236,7 @@ class ExitHooks:
             features = first_tensor(inputs, named)
             self.features.append(self._heads.pooled(len(self._points), output if features is None else features))
             return None
-        if self._root.training or self._collects == "logits":
+        if self.root.training or self._collects == "logits":
             self.logits.append(output)
             return None
         if wants_own_outputs() and not self._collects:
@@ -266,12 +270,13 @@ class ExitHooks:
     def _put_back(self, output: Tensor) -> Tensor:
         """Return the answers of all rows in their order."""
         first, logits = self._left[0]
+        kind = torch.promote_types(output.dtype, logits.dtype)
         if len(first) == len(self.taken):  # type: ignore[arg-type]
             self._rows, self._left = None, []
-            return logits.to(output)
-        whole = output.new_empty(len(self.taken), *output.shape[1:])  # type: ignore[arg-type]
+            return logits.to(output.device, kind)
+        whole = output.new_empty(len(self.taken), *output.shape[1:], dtype=kind)  # type: ignore[arg-type]
         if not self._straggler:
-            whole[self._rows] = output if self.removes_rows else output[self._rows]
+            whole[self._rows] = (output if self.removes_rows else output[self._rows]).to(kind)
         for rows, logits in self._left:
             whole[rows] = logits.to(whole)
         self._rows, self._left = None, []

@@ -126,7 +126,8 @@ class ExitNetwork:
     def attach(self, root: nn.Module) -> ExitHooks:
         """Put heads and hooks on a module."""
         known = dict(root.named_modules())
-        missing = [name for name in (*self.spec["layers"], self.spec["classifier"]) if name not in known]
+        needed = (*self.spec["layers"], self.spec["classifier"], *self.spec["rest"])
+        missing = [name for name in needed if name not in known]
         if missing:
             raise ValueError(f"The exits are of another module: {type(root).__name__} has no layer {missing[0]!r}.")
         root.add_module(EXITS, self.heads)
@@ -156,11 +157,14 @@ class ExitNetwork:
     def _costs(self, until: Sequence[int], total: int, samples: int) -> list[float]:
         """Count the operations up to each exit with all heads until there."""
         heads, costs = 0, []
-        for position, (flops, shape) in enumerate(zip(until, self.spec["shapes"], strict=True)):
+        shapes = list(self.spec["shapes"])
+        if self.spec["widths"] is not None:
+            shapes.append(self.spec["widths"][-1:])
+        for position, (flops, shape) in enumerate(zip([*until, total], shapes, strict=False)):
             heads += flops_until(self.heads, [], partial(self._try, position, samples, shape))[1]
             costs.append((flops + heads) / total)
         self.heads.train()
-        return [*costs, 1 + heads / total]
+        return costs if len(costs) > len(until) else [*costs, 1 + heads / total]
 
     @torch.no_grad()
     def _try(self, position: int, samples: int, shape: Sequence[int]) -> None:

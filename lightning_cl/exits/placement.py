@@ -11,6 +11,7 @@ from lightning_cl.exits.heads import ExitHeads
 from lightning_cl.exits.hooks import ExitHooks
 from lightning_cl.exits.points import ExitPoint, Run
 from lightning_cl.exits.rest import LayersAtRest
+from lightning_cl.taps import first_tensor
 
 
 class _Place(NamedTuple):
@@ -24,10 +25,11 @@ def answers_of(root: nn.Module, classifier: str, run: Run) -> tuple[Tensor, Tens
     """Return what the classification layer gets and puts out, before rows that left are put back."""
     kept: list[tuple[Tensor, Tensor]] = []
 
-    def keep(layer: nn.Module, inputs: Any, output: Tensor) -> None:
-        kept.append((inputs[0].detach().float(), output.detach().float()))
+    def keep(layer: nn.Module, inputs: Any, named: dict[str, Any], output: Tensor) -> None:
+        features = first_tensor(inputs, named)
+        kept.append(((output if features is None else features).detach().float(), output.detach().float()))
 
-    handle = root.get_submodule(classifier).register_forward_hook(keep, prepend=True)
+    handle = root.get_submodule(classifier).register_forward_hook(keep, prepend=True, with_kwargs=True)
     try:
         run()
     finally:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import Self, override
 
 from lightning_cl.exits.heads import ExitHeads
 from lightning_cl.exits.hooks import ExitHooks, ExitReached
@@ -30,24 +31,35 @@ class SubNetwork(nn.Module):
     def __init__(self, network: nn.Module, position: int) -> None:
         super().__init__()
         heads = getattr(network, EXITS, None)
-        if not isinstance(heads, ExitHeads) or not isinstance(heads.hooks, ExitHooks):
+        hooks = heads.hooks if isinstance(heads, ExitHeads) else None
+        if not isinstance(heads, ExitHeads) or not isinstance(hooks, ExitHooks) or hooks.root is not network:
             raise ValueError(
-                f"`network` must have exits, as a module from `lightning_cl.load` has them; {type(network).__name__}"
-                " has none."
+                "`network` must have exits, as a module from `lightning_cl.load` has them; this"
+                f" {type(network).__name__} has none. A copy of one with exits has none either."
             )
         if not 0 <= position < len(heads.heads):
             raise ValueError(f"`position` must be from 0 to {len(heads.heads) - 1}, got {position}.")
         self.position = position
-        self._hooks = heads.hooks
+        self._hooks = hooks
         self._network = (network.eval(),)  # its layers, but not itself: a LightningModule without Trainer has no trace
-        self._modules.update(network._modules)
-        self._parameters.update(network._parameters)
-        self._buffers.update(network._buffers)
+        for shared in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+            setattr(self, shared, getattr(network, shared))
         self.training = False
 
+    @override
+    def train(self, mode: bool = True) -> Self:
+        """Put the network into training mode, in which no exit answers, or back."""
+        for network in self._network:
+            network.train(mode)
+        self.training = mode
+        return self
+
+    @override
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
         """Return the exit's logits, ``(batch, classes)``, for what the network's ``forward`` takes."""
         [network] = self._network
+        if self._hooks.root is not network:
+            raise RuntimeError("A copy of a network has no exits. Make a SubNetwork of the network itself.")
         if network.training:
             raise RuntimeError("The network is in training mode, in which no exit answers. Call `eval()`.")
         try:

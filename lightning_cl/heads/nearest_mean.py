@@ -1,5 +1,7 @@
 """The nearest-mean head: a sample belongs to the class whose prototype is next to its features."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -38,6 +40,13 @@ class NearestMeanHead(nn.Module):
         self.known: Tensor
         self.register_buffer("prototypes", torch.zeros(num_classes, width))
         self.register_buffer("known", torch.zeros(num_classes, dtype=torch.bool))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NearestMeanHead":
+        prototypes = self.prototypes
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if not prototypes.is_meta:  # a network of half precision has features of that, and means of better
+            self.prototypes = prototypes.to(self.prototypes.device)
+        return self
 
     def set_means(self, means: ClassMeans) -> None:
         """Take the means of a pass as prototypes; classes without samples keep what they have."""

@@ -55,7 +55,8 @@ def exit_figures(
     return {
         "threshold": threshold,
         "accuracy": plain_number(accuracy),
-        "cost": plain_number((torch.stack(shares) * costs).sum(1).mean()),
+        # without a threshold the heads say nothing and the network answers alone
+        "cost": 1.0 if threshold is None else plain_number((torch.stack(shares) * costs).sum(1).mean()),
         "accuracy_at_budget": {str(budget): plain_number(accuracy_at_budget(mean, budget)) for budget in BUDGETS},
         "area_under_curve": plain_number(area_under_exit_curve(mean)),
         "overthinking": plain_number(torch.stack([part.overthinking for part in summaries.values()]).mean()),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_cl.arguments import check_choice
-from lightning_cl.exits import ExitHooks, ExitNetwork
+from lightning_cl.exits import ExitHeads, ExitHooks, ExitNetwork
 from lightning_cl.heads.exit_heads import ExitHeadKind
 from lightning_cl.heads.exit_rules import Confidence
 from lightning_cl.taps import EXITS, own_outputs
@@ -72,6 +72,11 @@ class ExitCallback(ContinualCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self.take_off()
+        if isinstance(getattr(pl_module, EXITS, None), ExitHeads):
+            raise MisconfigurationException(
+                f"This {type(pl_module).__name__} has exits already, from `lightning_cl.load`. Give the Trainer one"
+                " without them, and the checkpoint as `ckpt_path`."
+            )
         if stage == "fit":
             self.network = None
             self.begin_fit(trainer, pl_module)

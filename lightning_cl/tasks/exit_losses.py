@@ -106,7 +106,8 @@ def ensemble_loss(heads: ExitHeads, logits: Sequence[Tensor], targets: Tensor, b
 
 def _distance(logits: Tensor, teacher: Tensor) -> Tensor:
     """Return the divergence of each row's softened prediction from the teacher's, as gradients of labels have it."""
+    kind = torch.promote_types(logits.dtype, torch.float32)
     wanted, own = (
-        (part / _TEMPERATURE).log_softmax(-1).clamp(min=_LEAST) for part in (teacher.detach().float(), logits.float())
+        (part.to(kind) / _TEMPERATURE).log_softmax(-1).clamp(min=_LEAST) for part in (teacher.detach(), logits)
     )
     return _TEMPERATURE**2 * F.kl_div(own, wanted, reduction="none", log_target=True).sum(-1)

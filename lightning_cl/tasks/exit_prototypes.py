@@ -27,14 +27,17 @@ class ExitPrototypes:
         shapes = [(network.spec["num_classes"], width) for width in widths]
         self._means = StreamMeans(stream, "memory+current", shapes, True, self._features_of)
 
-    def refresh(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the means anew after training; to be called on all ranks."""
+    def forget_current(self) -> None:
+        """Say that the network has changed, or the task."""
         self._means.forget_current()
-        self._take(trainer, pl_module)
+
+    def refresh(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the means anew; to be called on all ranks."""
+        self._network.heads.set_means(self._means.summed_up(trainer, pl_module))
 
     def commit(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the means at a task's end, when the memory holds its samples."""
-        self._take(trainer, pl_module)
+        self.refresh(trainer, pl_module)
         self._means.keep(trainer, pl_module)
 
     def state_dict(self) -> list[dict[str, Tensor]] | None:
@@ -44,9 +47,6 @@ class ExitPrototypes:
     def load_state_dict(self, state: list[dict[str, Tensor]] | None) -> None:
         """Go on from what was saved."""
         self._means.load_state_dict(state)
-
-    def _take(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._network.heads.set_means(self._means.summed_up(trainer, pl_module))
 
     def _features_of(self, pl_module: LightningModule, batch: Any) -> list[Tensor]:
         hooks = self._network.hooks

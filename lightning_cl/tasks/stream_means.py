@@ -5,10 +5,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_cl.heads import ClassMeans
 from lightning_cl.memory import ReplayMemory
+from lightning_cl.tasks import compat
 from lightning_cl.tasks.batches import as_labels
 from lightning_cl.tasks.evaluation import evaluating, sample_batches
 from lightning_cl.tasks.stream import ReplayStream
@@ -136,6 +139,27 @@ class StreamMeans:
                         sums.update(features, labels)
         reduce_means(trainer, means)
         return means
+
+
+def validates_before_means(trainer: Trainer, stream: ReplayStream) -> bool:
+    """Return whether classes are validated before their first epoch is over."""
+    later = max(stream.served_tasks("val"), default=0) > stream.current_task.index
+    return later or trainer.val_check_interval != 1.0
+
+
+def refuse_infinite_losses(trainer: Trainer) -> None:
+    """Refuse early stopping on a loss that would be infinite, since a class has no prototype when it is scored."""
+    for callback in compat.callbacks_of(trainer):
+        if isinstance(callback, EarlyStopping) and callback.check_finite and _is_loss(callback.monitor):
+            raise MisconfigurationException(
+                f"Early stopping on {callback.monitor!r} would end each task when it is infinite, as it is while a"
+                " validated class has no prototype and so scores minus infinity. Monitor an accuracy, or say"
+                " `check_finite=False`."
+            )
+
+
+def _is_loss(monitor: str) -> bool:
+    return "loss" in monitor and "train" not in monitor
 
 
 def reduce_means(trainer: Trainer, means: Sequence[ClassMeans]) -> None:

@@ -86,10 +86,35 @@ def test_the_module_can_be_copied_between_two_steps():
 
     class Copies(Callback):
         def on_train_batch_end(self, trainer, pl_module, *args):
-            copies.append(copy.deepcopy(pl_module.net))
+            copies.append(copy.deepcopy(pl_module))
 
-    _fit(others=[Copies()])
-    assert not same_weights(copies[0], copies[-1])
+    _fit(others=[Copies()], exits=EarlyExits(LAYERS, "joint", threshold=0.0, ensemble="cascade"))
+    assert not same_weights(copies[0].net, copies[-1].net)
+    assert torch.equal(copies[-1].eval()(TEST_IMAGES), copies[-1].net(TEST_IMAGES))
+    heard = copies[-1].early_exits.hooks.logits
+    copies[-1].train()(TEST_IMAGES)
+    assert copies[-1].early_exits.hooks.logits is heard
+
+
+class NamesItsInput(Deep):
+    """Calls its classification layer by keyword."""
+
+    def forward(self, images):
+        return self.net[6](input=self.net[:6](images))
+
+
+@pytest.mark.parametrize("options", [{"threshold": 0.3}, {"exit_classifier": "nearest_mean"}], ids=str)
+def test_a_classification_layer_may_be_called_by_keyword(options):
+    _, trainer, module = _fit(exits=EarlyExits(LAYERS, "joint", **options), module=NamesItsInput)
+    _, other, expected = _fit(exits=EarlyExits(LAYERS, "joint", **options))
+    torch.testing.assert_close(predictions(trainer, module), predictions(other, expected))
+
+
+def test_a_loaded_module_is_not_fitted_again(tmp_path):
+    _, trainer, _ = _fit()
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    with pytest.raises(MisconfigurationException, match=r"This Deep has exits already, from `lightning_cl.load`"):
+        _fit(module=lightning_cl.load(tmp_path / "last.ckpt", Deep))
 
 
 # ------------------------------------------------------------------ without a Trainer

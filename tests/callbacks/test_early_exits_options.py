@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from exit_streams import LAYERS, Deep
 from exit_streams import fit_exits as _fit
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from nearest_means import TEST_IMAGES, VAL_IMAGES, predictions
 from numbered_streams import IMAGES, LABELS, Judge, SaveAfterSteps, same, same_weights
 
@@ -70,7 +72,7 @@ def test_imitation_is_trained_on_in_a_fit():
 
 
 def test_an_ensembles_weights_are_trained_and_nothing_else_by_them():
-    ends = {ensemble: _fit(exits=_exits(ensemble=ensemble)) for ensemble in ("none", "cascade", "geometric")}
+    ends = {e: _fit(exits=_exits(ensemble=e, threshold=1.0)) for e in ("none", "cascade", "geometric")}
     assert same_weights(ends["cascade"][2], ends["geometric"][2])
     assert not same_weights(ends["none"][2], ends["cascade"][2])
     cascade, geometric = (ends[name][0].network.heads for name in ("cascade", "geometric"))
@@ -79,7 +81,7 @@ def test_an_ensembles_weights_are_trained_and_nothing_else_by_them():
 
 
 def test_in_the_disjoint_regime_an_ensemble_leaves_the_network_as_it_is():
-    plain, joined = (_fit(exits=_exits("disjoint", ensemble=e))[2] for e in ("none", "geometric"))
+    plain, joined = (_fit(exits=_exits("disjoint", ensemble=e, threshold=1.0))[2] for e in ("none", "geometric"))
     assert same_weights(plain, joined)
 
 
@@ -99,7 +101,7 @@ def test_predictions_are_those_of_the_rule_and_of_a_loaded_module(option, tmp_pa
 
 @pytest.mark.parametrize("option", ["cascade", "geometric", "nearest"])
 def test_figures_are_of_what_the_exits_answer(option):
-    exits, _, module = _fit(exits=_exits(**OPTIONS[option]))
+    exits, _, module = _fit(exits=_exits(**OPTIONS[option], threshold=0.3))
     right = _offline(exits, module, VAL_IMAGES).argmax(-1) == torch.arange(6).repeat_interleave(10)[:, None]
     torch.testing.assert_close(exits.figures["exit_accuracies"], right.float().mean(0))
 
@@ -169,6 +171,45 @@ def test_classes_to_come_are_never_predicted():
     assert max(seen) >= 4
 
 
+@pytest.mark.parametrize("steps", [2, 4])
+def test_a_task_that_ends_within_an_epoch_has_the_means_of_its_end(steps):
+    exits, _, module = _fit(exits=_exits(exit_classifier="nearest_mean"), max_steps=steps, max_epochs=-1)
+    head = exits.network.heads.nearest[-1]
+    hooks = exits.network.attach(module.eval())
+    with torch.no_grad(), hooks.collecting("features"):
+        module(IMAGES[LABELS == 5])
+        means = F.normalize(F.normalize(hooks.features[-1].double(), dim=1).mean(0), dim=0)
+    exits.network.detach()
+    assert head.known.all()
+    torch.testing.assert_close(head.prototypes[5].double(), means, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{"stream": {"eval_tasks": "all"}}, {"val_check_interval": 0.5}])
+def test_early_stopping_on_a_loss_that_would_be_infinite(settings):
+    stopping = EarlyStopping("val_loss", patience=50)
+    with pytest.raises(MisconfigurationException, match="would end each task when it is infinite"):
+        _fit(exits=_exits(exit_classifier="nearest_mean"), others=[stopping], limit_val_batches=1, **settings)
+
+
+def test_means_keep_their_precision_in_a_network_of_half():
+    exits, _, _ = _fit(exits=_exits(exit_classifier="nearest_mean", threshold=0.3), precision="bf16-true")
+    assert {head.prototypes.dtype for head in exits.network.heads.nearest} == {torch.float32}
+
+
+def test_what_the_end_costs_is_counted_for_nearest_means_too():
+    exits = _fit(exits=_exits(exit_classifier="nearest_mean"))[0]
+    first, second, end = (2 * 6 * width for width in exits.network.spec["widths"])
+    total = 2 * (64 * 24 + 24 * 16 + 16 * 6)
+    costs = [2 * 64 * 24 + first, 2 * (64 * 24 + 24 * 16) + first + second, total + first + second + end]
+    assert exits.network.spec["costs"] == pytest.approx([cost / total for cost in costs])
+
+
+def test_without_a_threshold_the_network_costs_what_it_does_without_exits():
+    exits = _fit(exits=_exits())[0]
+    assert exits.figures["cost"] == 1.0
+    assert exits.figures["exit_costs"][-1] > 1.0
+
+
 # ------------------------------------------------------------------ state
 
 
@@ -196,8 +237,9 @@ def test_a_rejected_task_leaves_no_trace(option):
         def on_task_start(self, trainer, pl_module, task):
             kept.append({name: tensor.clone() for name, tensor in pl_module.state_dict().items()})
 
-    rejected, _, module = _fit(exits=_exits(**OPTIONS[option]), others=[Replay(20), Judge(2)])
-    _fit(exits=_exits(**OPTIONS[option]), others=[Replay(20), Keeps()])
+    options = {**OPTIONS[option], "threshold": 0.5}
+    rejected, _, module = _fit(exits=_exits(**options), others=[Replay(20), Judge(2)])
+    _fit(exits=_exits(**options), others=[Replay(20), Keeps()])
     heads = {f"early_exits.{name}": tensor for name, tensor in rejected.state_dict()["heads"].items()}
     assert same({**module.state_dict(), **heads}, kept[2])
 
@@ -221,6 +263,7 @@ def test_a_second_fit_begins_afresh():
         ({"distill": "first"}, "`distill` must be one of 'last', 'next', 'later', got 'first'"),
         ({"losses": "some"}, "`losses` must be one of 'last_head', 'all_exits', got 'some'"),
         ({"exit_classifier": "svm"}, "`exit_classifier` must be one of 'head', 'nearest_mean', got 'svm'"),
+        ({"ensemble": "geometric"}, "`ensemble='geometric'` answers where samples may leave"),
         ({"exit_classifier": "nearest_mean", "ensemble": "cascade"}, "`ensemble='cascade'` joins what the heads say"),
     ],
 )
@@ -237,12 +280,9 @@ def test_a_checkpoint_of_other_options_is_refused(tmp_path):
 
 
 def test_options_come_from_the_command_line():
-    options = [
-        "--trainer.fast_dev_run=1",
-        "--trainer.callbacks+=EarlyExits",
-        "--trainer.callbacks.layers=[model.body.1]",
-    ]
-    options += [f"--trainer.callbacks.{name}" for name in ("ensemble=geometric", "distill=last", "losses=all_exits")]
+    chosen = ("layers=[model.body.1]", "ensemble=geometric", "threshold=0.9", "distill=last", "losses=all_exits")
+    options = ["--trainer.fast_dev_run=1", "--trainer.callbacks+=EarlyExits"]
+    options += [f"--trainer.callbacks.{name}" for name in chosen]
     model = ["--model=ImageClassifier", "--model.backbone=mlp", "--model.num_classes=10", "--model.input_shape=[1,8,8]"]
     data = ["--data=ClassIncremental", "--data.base=Digits", "--data.num_tasks=5"]
     cli = main(["fit", *model, *data, *options])

@@ -1,5 +1,7 @@
 """A network up to one of its exits, as it is exported."""
 
+import copy
+
 import pytest
 import torch
 from networks import NETWORKS
@@ -84,6 +86,25 @@ def test_an_exit_that_there_is_not(position):
 def test_a_network_without_exits():
     with pytest.raises(ValueError, match=r"`network` must have exits.*Linear has none"):
         SubNetwork(nn.Linear(2, 2), 0)
+
+
+def test_a_copy_has_no_exits():
+    network, inputs, _ = _with_exits()
+    with pytest.raises(ValueError, match="A copy of one with exits has none"):
+        SubNetwork(copy.deepcopy(network), 0)
+    with pytest.raises(RuntimeError, match="A copy of a network has no exits"):
+        copy.deepcopy(SubNetwork(network, 0))(inputs)
+
+
+def test_it_is_its_network_in_mode_device_and_precision():
+    network, inputs, answers = _with_exits()
+    exported = SubNetwork(network, 0).double()
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float64}
+    torch.testing.assert_close(exported(inputs.double()).float(), answers[0])
+    exported.train()
+    assert network.training
+    assert not exported.eval().training
+    assert not network.training
 
 
 def test_a_network_in_training_mode_does_not_answer():
