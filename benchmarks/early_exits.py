@@ -183,7 +183,7 @@ def measure_speed(
     sides |= {name: partial(leaving, network, module, threshold) for name, threshold in thresholds.items()}
     sides["nobody leaves"] = partial(leaving, network, module, 1.0)
     sides["plain with its heads"] = partial(heard, network, module)
-    cuts = {f"cut off at exit {i}": partial(cut_off, network, module, i) for i in range(len(LAYERS))}
+    cuts = {f"cut off at exit {i}": partial(cut_off, network, module, i) for i in range(len(network.heads.heads))}
     seconds = time_sides({**sides, **cuts}, images, batch, rounds)
     scores = score(network, module, images, labels)
     for name in (*sides, *cuts):
@@ -285,6 +285,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=500, help="training steps of each network")
+    parser.add_argument("--layers", nargs="*", default=LAYERS, help="where the exits stand")
     parser.add_argument("--static", type=int, nargs="*", default=[1, 2, 3], help="blocks a stage of smaller networks")
     parser.add_argument("--data", default=str(DATA), help="folder that holds FashionMNIST")
     arguments = parser.parse_args()
@@ -295,7 +296,8 @@ def main() -> None:
     versions = f"torch {torch.__version__}, lightning {lightning.__version__}, Python {platform.python_version()}"
     print(f"{versions}; one thread ({platform.machine()}); batch and images: {TIMED}\n", flush=True)
     started = time.perf_counter()
-    exits = EarlyExits(LAYERS, "joint", threshold="auto:0.5pp", print_table=False)
+    print(f"exits after {', '.join(arguments.layers)}")
+    exits = EarlyExits(arguments.layers, "joint", threshold="auto:0.5pp", print_table=False)
     module, seconds = train(arguments.data, arguments.steps, exits)
     network, chosen = exits.network, exits.threshold_in_use
     if network is None or chosen is None:
