@@ -26,7 +26,16 @@ TEN_TASKS = {
     "nmc_cub200",
     "exits_resnet_cifar100",
 }
-LONG = {"nmc_cub200", "nmc_split_cifar100", "exits_resnet_cifar100", "exits_split_fashion_mnist"}  # large networks
+LONG = {  # large networks, or many tasks
+    "derpp_split_cifar10",
+    "er_split_cifar100",
+    "exits_resnet_cifar100",
+    "exits_split_fashion_mnist",
+    "nmc_cub200",
+    "nmc_split_cifar100",
+    "split_cifar100",
+    "split_cifar100_b50",
+}
 QUICK = ["--trainer.fast_dev_run=1", "--trainer.accelerator=cpu"]
 
 
