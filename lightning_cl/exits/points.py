@@ -65,11 +65,11 @@ def find_exit_points(
     """
     if classifier in layers:
         raise ValueError(f"`layers`: {classifier!r} is the classification layer, which every sample reaches anyway.")
-    calls: list[tuple[str, Any, int]] = []
+    calls: list[tuple[str, Any, int | None]] = []
 
     def note(name: str) -> Callable[..., None]:
         def hook(layer: nn.Module, inputs: Any, output: Any) -> None:
-            calls.append((name, output, output._version if isinstance(output, Tensor) else 0))
+            calls.append((name, output, _version_of(output)))
 
         return hook
 
@@ -86,11 +86,17 @@ def find_exit_points(
     for name, output, version in calls:
         if name != classifier:
             _check_point(name, output, order, classifier, samples)
-            points.append(ExitPoint(name, output.detach(), drops or output._version != version))
+            written_over = drops or version is None or _version_of(output) != version
+            points.append(ExitPoint(name, output.detach(), written_over))
     for name in layers:
         if name not in order:
             raise ValueError(f"`layers`: {name!r} is not called when {type(root).__name__} answers.")
     return points
+
+
+def _version_of(output: Any) -> int | None:
+    """Return how often a tensor was written to; ``None`` in inference mode, where nobody counts."""
+    return output._version if isinstance(output, Tensor) and not output.is_inference() else None
 
 
 def _check_point(name: str, output: Any, order: list[str], classifier: str, samples: int) -> None:

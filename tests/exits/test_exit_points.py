@@ -40,6 +40,13 @@ def test_a_layer_that_is_written_over_is_noticed(name, layer, written_over):
     assert point.written_over == written_over
 
 
+def test_in_inference_mode_a_layer_may_be_written_over():
+    network, inputs = NETWORKS["convnet"][0]().eval(), torch.randn(4, 1, 8, 8)
+    with torch.inference_mode():
+        [point] = find_exit_points(network, ["blocks.3"], "head", lambda: network(inputs), 4)
+    assert point.written_over
+
+
 def test_names_and_patterns():
     network = NETWORKS["resnet18"][0]()
     assert layers_matching(network, ["layer1", "layer2"]) == ["layer1", "layer2"]
