@@ -29,6 +29,7 @@ class ExitHeads(nn.Module):
 
     Example::
 
+        >>> import torch
         >>> heads = ExitHeads([nn.Linear(4, 3), nn.Linear(8, 3)], num_classes=3, ensemble="cascade")
         >>> said = [heads.say(0, torch.randn(2, 4), [])]
         >>> heads.say(1, torch.randn(2, 8), said).shape

@@ -129,7 +129,7 @@ class AtEnds(ContinualCallback):
         self.pairs.append((self.der.memory.extras["logits"][slots], torch.cat(answers, dim=1)))
 
 
-@pytest.mark.parametrize("options", [{}, {"ensemble": "geometric"}, {"correction": "tlc"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"ensemble": "geometric", "threshold": 0.9}, {"correction": "tlc"}], ids=str)
 def test_what_is_kept_is_what_the_heads_themselves_say(options):
     der = DarkExperienceReplay(20)
     ends = AtEnds(der)

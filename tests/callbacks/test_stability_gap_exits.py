@@ -118,7 +118,7 @@ ANSWERS = {
     "threshold": lambda: (_exits(), []),
     "chosen threshold, correction": lambda: (_exits("mixed", threshold="auto:5pp", correction="tlc"), []),
     "ensemble": lambda: (_exits(ensemble="geometric"), []),
-    "ensemble, to the end": lambda: (_exits(ensemble="geometric", threshold=None), []),
+    "ensemble, to the end": lambda: (_exits(ensemble="geometric", threshold=1.0), []),
     "nearest means": lambda: (_exits(exit_classifier="nearest_mean"), []),
     "another head": lambda: (_exits(threshold=None), [NearestMeanClassifier()]),
 }

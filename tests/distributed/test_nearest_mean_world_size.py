@@ -107,7 +107,7 @@ def test_fewer_exemplars_of_a_task_than_ranks_are_enough() -> None:
             torch.testing.assert_close(head["prototypes"], expected["prototypes"], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_nothing_is_left_on_any_rank(ranks: int) -> None:
     assert [end["hooks"] for end in _ends(TRAINED, ranks)] == [0] * ranks
 

@@ -69,7 +69,7 @@ def _logits(end: dict[str, Any]) -> list[Tensor]:
     return [memory["extras"]["logits"] for memory in end["memories"]]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", RUNS)
 def test_each_rank_holds_the_memory_of_a_run_on_one(name: str, ranks: int) -> None:
     expected = _slots(_ends(name, 1)[0])
