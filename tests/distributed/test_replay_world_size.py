@@ -13,6 +13,7 @@ from tests.distributed.replay_runs import ExactNet, NetOfItsRank, Run, dark_repl
 
 SIZE = 30
 SLOTS = ("tasks", "indices", "keys", "labels")
+RANKS = [2, pytest.param(4, marks=pytest.mark.slow)]
 
 RUNS = {
     "class_balanced": Run(replay(size=SIZE), epochs=2),
@@ -69,7 +70,7 @@ def _logits(end: dict[str, Any]) -> list[Tensor]:
     return [memory["extras"]["logits"] for memory in end["memories"]]
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("name", RUNS)
 def test_each_rank_holds_the_memory_of_a_run_on_one(name: str, ranks: int) -> None:
     expected = _slots(_ends(name, 1)[0])
@@ -78,13 +79,13 @@ def test_each_rank_holds_the_memory_of_a_run_on_one(name: str, ranks: int) -> No
         assert _slots(end) == expected
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("name", RUNS)
 def test_every_step_replays_the_same_samples_on_any_number_of_ranks(name: str, ranks: int) -> None:
     assert _steps(_ends(name, ranks)) == _steps(_ends(name, 1))
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, *RANKS])
 @pytest.mark.parametrize("name", [name for name in RUNS if "joint" not in name])
 def test_a_step_replays_as_many_samples_as_asked_for_and_none_twice(name: str, ranks: int) -> None:
     ends, steps = _ends(name, ranks), _steps(_ends(name, ranks))
@@ -96,13 +97,13 @@ def test_a_step_replays_as_many_samples_as_asked_for_and_none_twice(name: str, r
     assert all(max(share) - min(share) <= 1 for share in shares)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, *RANKS])
 @pytest.mark.parametrize("name", RUNS)
 def test_the_rows_that_are_named_as_replayed_hold_the_samples_drawn(name: str, ranks: int) -> None:
     assert all(end["has_rows_as_drawn"] for end in _ends(name, ranks))
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, *RANKS])
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "class_balanced per class"])
 def test_the_memory_is_never_above_its_size_and_ends_full(name: str, ranks: int) -> None:
     for end in _ends(name, ranks):
@@ -118,7 +119,7 @@ def test_an_online_memory_grows_and_is_replayed_within_the_first_task(name: str)
     assert {task for task, _ in _steps(ends)[1]} == {0}
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("name", ["class_balanced", "reservoir", "random", "reservoir online", "der", "der online"])
 def test_augmentation_and_dropout_that_differ_between_ranks_do_not_change_the_memory(name: str, ranks: int) -> None:
     # In DyTox each rank kept exemplars of its own, so that all of them together were more than the memory's size.
@@ -129,7 +130,7 @@ def test_augmentation_and_dropout_that_differ_between_ranks_do_not_change_the_me
     assert _steps(noisy) == _steps(plain)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", RANKS)
 def test_ranks_herd_the_same_exemplars_even_where_their_features_differ(ranks: int) -> None:
     ends = _ends("herding", ranks, RUNS_OF_THEIR_RANK)
     for end in ends[1:]:
@@ -139,24 +140,24 @@ def test_ranks_herd_the_same_exemplars_even_where_their_features_differ(ranks: i
     }
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("name", ["der", "der online", "der batches of 3"])
 def test_ranks_hold_the_same_logits_bit_for_bit(name: str, ranks: int) -> None:
     _assert_same_logits(_ends(name, ranks))
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("name", ["der", "der online"])
 def test_ranks_hold_the_same_logits_even_where_their_networks_answer_differently(name: str, ranks: int) -> None:
     _assert_same_logits(_ends(name, ranks, RUNS_OF_THEIR_RANK))
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", RANKS)
 def test_ranks_hold_the_same_logits_of_a_task_with_fewer_slots_than_ranks(ranks: int) -> None:
     _assert_same_logits(_ends("der of few", ranks, RUNS_OF_THEIR_RANK))
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("name", ["der", "der online"])
 def test_each_slot_has_the_logits_that_it_has_on_one_rank(name: str, ranks: int) -> None:
     # Weights differ in float rounding between numbers of ranks, and logits with them. Batches of these runs divide by
