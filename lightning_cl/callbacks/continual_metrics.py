@@ -22,6 +22,7 @@ from lightning_cl.tasks.checkpoints import check_followers
 from lightning_cl.tasks.evaluation import device_batches, evaluating
 from lightning_cl.tasks.head import compared_head
 from lightning_cl.tasks.module_call import ModuleCall
+from lightning_cl.tasks.run_directory import run_directory
 from lightning_cl.tasks.stream import SingleTask, Split
 
 # a monitored metric is no accuracy
@@ -100,7 +101,7 @@ class ContinualMetrics(ContinualCallback):
         self.baseline = torch.empty(0)
         self._monitored: dict[str, Any] = {}
         self._names: list[str] = []
-        self._log_dir: str | None = None
+        self._log_dir: Path | None = None
         self._call: ModuleCall | None = None
 
     @property
@@ -146,8 +147,7 @@ class ContinualMetrics(ContinualCallback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # a broadcast, so on every rank, and while the processes still talk to each other
-        without_files = not trainer.loggers or trainer.fast_dev_run  # type: ignore[attr-defined]
-        self._log_dir = None if without_files else trainer.log_dir
+        self._log_dir = run_directory(trainer)
         stream = _clock(trainer).stream
         if self.monitor is None:
             for task in stream.tasks:
@@ -211,7 +211,7 @@ class ContinualMetrics(ContinualCallback):
             if self.compare_heads:
                 results["linear_averages"] = stream_averages(self.linear_matrix)
                 results["linear_accuracy_matrix"] = self.linear_matrix
-            folder = Path(self._log_dir) / self._folder
+            folder = self._log_dir / self._folder
             label = self.monitor or ("test accuracy" if self.split == "test" else "accuracy")
             paths = [*write_results(folder, results), *write_plots(folder, self.matrix, self._names, label)]
         if self.print_table:

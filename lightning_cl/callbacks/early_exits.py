@@ -32,6 +32,7 @@ from lightning_cl.tasks.exit_phases import PhasePlan, Regime
 from lightning_cl.tasks.exit_prototypes import ExitPrototypes
 from lightning_cl.tasks.exit_search import check_fit, check_validation_data, exits_wanted, find_exits
 from lightning_cl.tasks.exit_training import ExitTraining
+from lightning_cl.tasks.run_directory import run_directory
 from lightning_cl.tasks.stream_means import refuse_infinite_losses, validates_before_means
 
 
@@ -127,7 +128,7 @@ class EarlyExits(ExitCallback):
         self.record = ExitRecord()
         self._losses = ExitLosses(loss_weights, distill)
         self._answers = False  # once heads have been trained
-        self._log_dir: str | None = None
+        self._log_dir: Path | None = None
         self._fit: ExitFit | None = None
         self._past: Any = None  # what prototypes are means of, from a checkpoint
 
@@ -170,8 +171,7 @@ class EarlyExits(ExitCallback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         fit = self.fit
-        without_files = not trainer.loggers or trainer.fast_dev_run  # type: ignore[attr-defined]
-        self._log_dir = None if without_files else trainer.log_dir
+        self._log_dir = run_directory(trainer)
         if self._points_to_lose is not None:
             check_validation_data(fit.stream, self.threshold)
         call, _ = find_call(trainer, pl_module, fit.stream, head=self.found.spec["classifier"])
@@ -258,7 +258,7 @@ class EarlyExits(ExitCallback):
         figures = self.figures
         if self._log_dir is not None:
             names = [task.name for task in self.fit.stream.tasks]
-            write_exits(Path(self._log_dir), figures, self.record.summaries, names)
+            write_exits(self._log_dir, figures, self.record.summaries, names)
         if self.print_table:
             print_exits(figures)
 

@@ -23,6 +23,7 @@ from lightning_cl.tasks.head import compared_head, heads_of
 from lightning_cl.tasks.module_call import ModuleCall
 from lightning_cl.tasks.probes import Probes, choose
 from lightning_cl.tasks.provisional_head import ProvisionalHead
+from lightning_cl.tasks.run_directory import run_directory
 from lightning_cl.tasks.stream import ReplayStream
 from lightning_cl.tasks.task import classes_apart
 
@@ -99,7 +100,7 @@ class StabilityGapTracker(ContinualCallback):
         self._heads: list[str] = []
         self._prefixes: list[str] = []
         self._followed: set[str] = set()
-        self._log_dir: str | None = None
+        self._log_dir: Path | None = None
         self._provisional: ProvisionalHead | None = None
         self.forget()
 
@@ -178,8 +179,7 @@ class StabilityGapTracker(ContinualCallback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._make_room_for_exits()
-        without_files = not trainer.loggers or trainer.fast_dev_run  # type: ignore[attr-defined]
-        self._log_dir = None if without_files else trainer.log_dir
+        self._log_dir = run_directory(trainer)
         for task in self.stream.tasks:
             self._check_probes(trainer, task)
         self._call, _ = find_call(trainer, pl_module, self.stream, head=self.head)
@@ -213,7 +213,7 @@ class StabilityGapTracker(ContinualCallback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and self._log_dir is not None and self.curve.length:
-            write_stability(Path(self._log_dir), self.curve, self._names, self._heads, self.window, self._prefixes)
+            write_stability(self._log_dir, self.curve, self._names, self._heads, self.window, self._prefixes)
 
     @override
     def state_dict(self) -> dict[str, Any]:
