@@ -112,6 +112,7 @@ def test_nothing_is_left_on_any_rank(ranks: int) -> None:
     assert [end["hooks"] for end in _ends(TRAINED, ranks)] == [0] * ranks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("callbacks", "kill", "checkpoint"),
     [

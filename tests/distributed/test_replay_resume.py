@@ -79,6 +79,7 @@ def test_resume_at_an_epochs_end_inside_a_task_gives_the_same_end_and_memory() -
     assert _differences(setting, Kill(67), "epoch-epoch=2.ckpt") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["herding, copy, joint", "der++, online"])
 def test_resume_gives_the_same_end_and_memory_on_two_processes(name: str) -> None:
     assert _differences(_setting(REPLAYING[name], ranks=2), *IN_AN_EPOCH) == []

@@ -76,6 +76,7 @@ def test_no_warning_is_about_the_tracker(ranks: int) -> None:
 
 
 # Of one epoch each, the five tasks have 22 steps (the last one 21); checkpoints every 7 steps and at each epoch's end.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kill", "checkpoint"),
     [
