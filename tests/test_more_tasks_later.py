@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_cl.callbacks import ContinualMetrics
 from lightning_cl.datamodules import ClassIncremental, Digits, DomainIncremental, Rotate, TaskList
 from lightning_cl.datamodules.sequence import TaskSequence
+from lightning_cl.tasks import rollback
 
 
 class Net(BoringModel):
@@ -89,3 +90,18 @@ def test_a_finished_stream_that_is_given_nothing_more_trains_nothing(tmp_path: P
     trainer, again, _ = _fit(_classes(2), tmp_path / "again", str(tmp_path / "first" / "last.ckpt"))
     assert trainer.current_epoch == 4
     assert all(torch.equal(again[name], value) for name, value in weights.items())
+
+
+def test_ranks_meet_when_a_checkpoint_is_written_and_not_at_the_end_of_the_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met: list[dict[str, Any]] = []
+    monkeypatch.setattr(rollback, "gather_random_states", lambda state: met.append(state) or [state])
+    trainer, _, _ = _fit(_classes(2), tmp_path)
+    end = trainer.fit_loop.epoch_progress.current.completed
+    met_in_fit = len(met)
+    torch.rand(3)  # the run goes on from where the fit ended, whatever is drawn until it is saved
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    assert end == 4
+    assert len(met) == met_in_fit + 1
+    assert torch.equal(met[-1]["torch"], met[-2]["torch"])

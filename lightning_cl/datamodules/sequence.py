@@ -15,6 +15,7 @@ from lightning_cl.datamodules.base_data import BaseData
 from lightning_cl.datamodules.same_stream import check_same_stream, describe_stream
 from lightning_cl.datamodules.task_loaders import EvalLoaders, EvalTasks, TaskLoaders
 from lightning_cl.tasks import BatchStructure, Cursor, Task, TaskClock, TaskSampler
+from lightning_cl.tasks.clock import gather_state
 from lightning_cl.tasks.sampler import batches_per_epoch
 
 
@@ -165,8 +166,9 @@ class TaskSequence(TaskLoaders):
     def teardown(self, stage: str) -> None:
         super().teardown(stage)
         if self._clock is not None:
-            # for `trainer.save_checkpoint` after the fit: such a file, too, can be continued with more tasks
-            self._ended_run = self._clock.checkpoint()
+            # for `trainer.save_checkpoint` after the fit: such a file, too, can be continued with more tasks. The ranks
+            # meet when it is written, not here: gloo may crash a process that ends right after a collective.
+            self._ended_run = self._clock.state_of_rank()
         self._clock = self.replay = self.training_draw = None
 
     @override
@@ -213,7 +215,7 @@ class TaskSequence(TaskLoaders):
             "current": self._current,
             "seed": self.seed,
             "global_batch": self._global_batch(),
-            "ended_run": self._ended_run,
+            "ended_run": None if self._ended_run is None else gather_state(self._ended_run),
             "bases": [base.module.state_dict() for base in self._bases],
         }
 

@@ -19,6 +19,7 @@ from lightning_cl.tasks.early_stopping import TaskEarlyStopping
 from lightning_cl.tasks.limits import TaskLimits
 from lightning_cl.tasks.overrides import InstanceOverrides
 from lightning_cl.tasks.progress import TaskProgress
+from lightning_cl.tasks.random_state import collect_random_state
 from lightning_cl.tasks.sampler import Cursor
 from lightning_cl.tasks.stream import SingleTask, TaskStream
 from lightning_cl.tasks.task import Task
@@ -188,17 +189,13 @@ class TaskClock(Callback):
         self.stream.enter_task(self.progress.task)
         self.limits.allow(self.progress.task, self.progress.first_epoch, self.progress.first_step)
 
-    def checkpoint(self) -> dict[str, Any]:
-        """Return what a resumed run needs of the clock; to be called on all ranks."""
-        return {
-            "progress": asdict(self.progress),
-            "random": rollback.gather_random_states(),
-            "copy": self._copy,
-        }
+    def state_of_rank(self) -> dict[str, Any]:
+        """Return what a resumed run needs of the clock, with the random state of this rank alone."""
+        return {"progress": asdict(self.progress), "random": collect_random_state(), "copy": self._copy}
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint[CHECKPOINT_KEY] = self.checkpoint()
+        checkpoint[CHECKPOINT_KEY] = gather_state(self.state_of_rank())
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -310,6 +307,11 @@ class TaskClock(Callback):
 
 def _early_stoppings(trainer: Trainer) -> list[TaskEarlyStopping]:
     return [callback for callback in compat.callbacks_of(trainer) if isinstance(callback, TaskEarlyStopping)]
+
+
+def gather_state(of_rank: dict[str, Any]) -> dict[str, Any]:
+    """Complete `TaskClock.state_of_rank` with the random states of the other ranks; to be called on all of them."""
+    return {**of_rank, "random": rollback.gather_random_states(of_rank["random"])}
 
 
 def _renew_optimizers(trainer: Trainer) -> None:

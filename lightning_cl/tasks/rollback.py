@@ -38,7 +38,7 @@ def take_copy(trainer: Trainer, keep: Callback) -> dict[str, Any]:
         trainer: The Trainer.
         keep: One more callback, whose state is not undone.
     """
-    return {"run": _cloned(compat.dump_run(trainer, keep)), "random": gather_random_states()}
+    return {"run": _cloned(compat.dump_run(trainer, keep)), "random": gather_random_states(collect_random_state())}
 
 
 def go_back(trainer: Trainer, pl_module: LightningModule, saved: Mapping[str, Any], keep: Callback) -> None:
@@ -47,9 +47,12 @@ def go_back(trainer: Trainer, pl_module: LightningModule, saved: Mapping[str, An
     restore_random_states(saved["random"], trainer.global_rank)
 
 
-def gather_random_states() -> list[dict[str, Any]]:
-    """Collect the random states of all ranks, since only one rank's state reaches a checkpoint file."""
-    state = collect_random_state()
+def gather_random_states(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """Collect the random states of all ranks, since only one rank's state reaches a checkpoint file.
+
+    Args:
+        state: This rank's.
+    """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [state]
     states: list[Any] = [None] * torch.distributed.get_world_size()
