@@ -8,11 +8,9 @@ rounds.
 """
 
 import argparse
-import logging
 import platform
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -20,9 +18,10 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, seed_everything
 from torch import Tensor, nn
 
+from benchmarks.quiet import quiet_trainer, silence
 from benchmarks.stream_overhead import DATA, Net
 from lightning_cl.callbacks import EarlyExits
 from lightning_cl.datamodules import Joint, TorchvisionData
@@ -74,16 +73,9 @@ def train(
     """Train on all classes at once, and return the module and its seconds a step."""
     seed_everything(seed, verbose=False)
     times = StepTimes()
-    trainer = Trainer(
+    trainer = quiet_trainer(
         max_epochs=1,
         limit_train_batches=steps,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
         callbacks=[times, *([] if exits is None else [exits])],
     )
     data = TorchvisionData("FashionMNIST", root=root, batch_size=BATCH, val_fraction=val_fraction)
@@ -290,9 +282,7 @@ def main() -> None:
     parser.add_argument("--static", type=int, nargs="*", default=[1, 2, 3], help="blocks a stage of smaller networks")
     parser.add_argument("--data", default=str(DATA), help="folder that holds FashionMNIST")
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    silence()
     torch.set_num_threads(1)
     versions = f"torch {torch.__version__}, lightning {lightning.__version__}, Python {platform.python_version()}"
     print(f"{versions}; one thread ({platform.machine()}); batch and images: {TIMED}\n", flush=True)

@@ -10,10 +10,8 @@ with it and without. Mean and standard deviation over the seeds.
 
 import argparse
 import json
-import logging
 import tempfile
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torchvision.datasets import FashionMNIST
 
+from benchmarks.quiet import quiet_trainer, silence
 from benchmarks.stream_overhead import DATA, Net
 from lightning_cl.callbacks import EarlyExits, Replay
 from lightning_cl.datamodules import ArrayData, ClassIncremental
@@ -30,7 +29,6 @@ from lightning_cl.metrics.early_exit import ExitSummary, exit_summary
 from lightning_cl.models import build_backbone
 from lightning_cl.reporting.exits import BUDGETS, exit_figures
 from lightning_cl.tasks import Task
-from lightning_cl.tasks.exit_evaluation import score_exits
 
 LAYERS = [f"model.stages.{stage}.{block}" for stage, block in ((0, 2), (0, 4), (1, 1), (1, 3), (2, 0), (2, 2))]
 REGIMES = ("disjoint", "joint", "mixed")
@@ -56,17 +54,9 @@ class MeasuredTwice(EarlyExits):
 
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
         super().on_task_end(trainer, pl_module, task)
-        call = self.fit.call
-        if call is None:
-            return
-        correction, self.hooks.correction = self.hooks.correction, None
-        scores = {}
-        for seen in range(task.index + 1):
-            scored = score_exits(trainer, pl_module, self.fit.stream, self.hooks, call, self.confidence, seen)
-            if scored is not None:
-                scores[seen] = exit_summary(scored)
-        self.hooks.correction = correction
-        self.without_correction = summary(self, scores)
+        with self.hooks.uncorrected():
+            scores = self.score_seen(trainer, pl_module)
+        self.without_correction = summary(self, {seen: exit_summary(scored) for seen, scored in scores.items()})
 
 
 def summary(exits: EarlyExits, summaries: Mapping[int, ExitSummary]) -> dict[str, Any]:
@@ -107,15 +97,8 @@ def run(data: str, root: Path, regime: Any, seed: int, epochs: int) -> dict[str,
             np.savez(Path(folder) / f"{name}.npz", images=images, labels=labels)
         files = {name: str(Path(folder) / f"{name}.npz") for name in ("train", "test")}
         base = ArrayData(files["train"], val=files["test"], batch_size=32)
-        trainer = Trainer(
+        trainer = quiet_trainer(
             max_epochs=epochs,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            limit_val_batches=0,
             callbacks=[Replay(size=20 * CLASSES[data]), exits],
         )
         trainer.fit(ResNet(data), datamodule=ClassIncremental(base, num_tasks=5))
@@ -158,9 +141,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4, help="of each task")
     parser.add_argument("--root", type=Path, default=DATA, help="folder that holds FashionMNIST and cifar100")
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    silence()
     torch.set_num_threads(1)
     print(f"{arguments.data}, {arguments.seeds} seeds, {arguments.epochs} epochs of each task", flush=True)
     runs: dict[str, list[dict[str, Any]]] = {regime: [] for regime in REGIMES}

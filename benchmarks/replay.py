@@ -13,13 +13,11 @@ Avalanche has an environment of its own, where `replay_avalanche.py` is started 
 
 import argparse
 import json
-import logging
 import os
 import platform
 import statistics
 import subprocess
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from benchmarks.fashion import CLASSES, TASKS, accuracy_of, build_mlp, image_transform, load_fashion, normalise
+from benchmarks.quiet import silence
 from benchmarks.replay_storage import measure_checkpoints, measure_memory
 from benchmarks.stream_overhead import DATA, Net, fit
 from lightning_cl.callbacks import DarkExperienceReplay, Replay
@@ -346,9 +345,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Run the parts and print their tables."""
     arguments = parse_arguments()
-    warnings.simplefilter("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    silence()
     torch.set_num_threads(1)
     versions = f"torch {torch.__version__}, lightning {lightning.__version__}, Python {platform.python_version()}"
     print(f"{versions}; one thread of {os.cpu_count()} ({platform.machine()})\n", flush=True)

@@ -7,12 +7,10 @@ round dropout with a cosine and with a OneCycle schedule, no and two loader work
 """
 
 import argparse
-import logging
 import os
 import random
 import signal
 import tempfile
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor, nn
 
 from benchmarks.processes import KILLED, run_ranks
+from benchmarks.quiet import silence
 from lightning_cl.callbacks import ContinualMetrics
 from lightning_cl.datamodules import ClassIncremental, Digits
 
@@ -105,9 +104,7 @@ class Killer(Callback):
 
 def run_stream(setting: Setting, directory: str, kill: Kill | None, resume_from: str | None) -> dict[str, Any]:
     """Run the stream, or the rest of it, and return its end."""
-    warnings.simplefilter("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    silence()
     seed_everything(7 if resume_from is None else 99, verbose=False)
     if resume_from is not None or not setting.seeded_once:
         os.environ.pop("PL_GLOBAL_SEED")  # the order of samples must come from the checkpoint

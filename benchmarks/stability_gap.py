@@ -7,12 +7,10 @@ has an environment of its own; the sides in turn, medians of the rounds.
 """
 
 import argparse
-import logging
 import os
 import platform
 import statistics
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +20,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from torch import Tensor
 
 from benchmarks.fashion import TASKS, build_mlp
+from benchmarks.quiet import quiet_trainer, silence
 from benchmarks.replay import Avalanche, TaskTimes, start_avalanche
 from benchmarks.stream_overhead import DATA, Net
 from lightning_cl.callbacks import ContinualMetrics, NearestMeanClassifier, Replay, StabilityGapTracker
@@ -63,14 +62,8 @@ def fit(
     """Train over the stream, and return the times of its tasks and all its seconds."""
     seed_everything(seed, verbose=False)
     times = TaskTimes()
-    trainer = Trainer(
+    trainer = quiet_trainer(
         max_epochs=epochs,
-        accelerator="cpu",
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         callbacks=[times, *callbacks],
         **flags,
     )
@@ -260,9 +253,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     parts = arguments.parts or ["probes", "sparse", "refresh", "gap"]
-    warnings.simplefilter("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    silence()
     torch.set_num_threads(1)
     versions = f"torch {torch.__version__}, lightning {lightning.__version__}, Python {platform.python_version()}"
     print(f"{versions}; one thread of {os.cpu_count()} ({platform.machine()})\n", flush=True)

@@ -8,11 +8,9 @@ thread, everything in one process, the sides in turn, median of 5 rounds. The pl
 """
 
 import argparse
-import logging
 import platform
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 
+from benchmarks.quiet import quiet_trainer, silence
 from lightning_cl.callbacks import ContinualMetrics
 from lightning_cl.datamodules import ArrayData, ClassIncremental, TorchvisionData
 from lightning_cl.models import build_backbone
@@ -108,14 +107,8 @@ def fit(net: LightningModule, data: LightningDataModule, epochs: int, **flags: A
     """Return the times of a fit."""
     watch = Stopwatch()
     callbacks = [watch, *flags.pop("callbacks", [])]
-    trainer = Trainer(
+    trainer = quiet_trainer(
         max_epochs=epochs,
-        accelerator="cpu",
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         callbacks=callbacks,
         **flags,
     )
@@ -159,9 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
-    warnings.simplefilter("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    silence()
     torch.set_num_threads(1)
     seed_everything(0, verbose=False)
 

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, seed_everything
 from torch import Tensor
 
 from lightning_cl.callbacks import ContinualMetrics, DarkExperienceReplay, Replay
 from lightning_cl.datamodules import ClassIncremental, Joint, TorchvisionData
 from lightning_cl.datamodules.sequence import TaskSequence
 from lightning_cl.models import ImageClassifier
+from tests.modules import quiet_trainer
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -25,16 +26,7 @@ pytestmark = [
 def _matrix(data: TaskSequence, *callbacks: Callback, epochs: int = 5, seed: int = 0) -> Tensor:
     seed_everything(seed, verbose=False)
     metrics = ContinualMetrics(split="test", print_table=False)
-    trainer = Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        callbacks=[metrics, *callbacks],
-    )
+    trainer = quiet_trainer(max_epochs=epochs, limit_val_batches=0, callbacks=[metrics, *callbacks])
     trainer.fit(ImageClassifier("mlp", num_classes=10, input_shape=(1, 28, 28)), datamodule=data)
     return metrics.matrix
 

@@ -15,6 +15,7 @@ from lightning_cl.exits import ExitHooks, ExitNetwork
 from lightning_cl.heads.exit_ensemble import Ensemble
 from lightning_cl.heads.exit_heads import ExitHeadKind
 from lightning_cl.heads.exit_rules import Confidence
+from lightning_cl.metrics.early_exit import ExitScores
 from lightning_cl.reporting.exits import exit_figures, print_exits, write_exits
 from lightning_cl.tasks import Task
 from lightning_cl.tasks.evaluation import find_call
@@ -236,12 +237,7 @@ class EarlyExits(ExitCallback):
             fitted = fit_correction(trainer, pl_module, stream, self.hooks, call, rejected)
             self.record.correction = fitted, classes_seen(stream, task.index, rejected)
             self.set_hooks(self.hooks)
-        found = {
-            seen: score_exits(trainer, pl_module, stream, self.hooks, call, self.confidence, seen)
-            for seen in range(task.index + 1)
-            if seen not in rejected
-        }
-        self.record.take(task.index, found, self.threshold)
+        self.record.take(task.index, self.score_seen(trainer, pl_module), self.threshold)
         if not self.record.summaries:
             return
         if self._points_to_lose is not None:
@@ -250,6 +246,18 @@ class EarlyExits(ExitCallback):
         figures = self.figures
         logged = {f"exits/{name}": figures[name] for name in ("accuracy", "cost")}
         pl_module.log_dict(logged, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+
+    def score_seen(self, trainer: Trainer, pl_module: LightningModule) -> dict[int, ExitScores]:
+        """Return how sure and how right each exit is now of the validation data of each task seen, on all ranks."""
+        fit, scores = self.fit, {}
+        if fit.call is None:
+            raise RuntimeError("EarlyExits was asked for scores before training began.")
+        for seen in range(fit.clock.task.index + 1):
+            if seen not in fit.clock.progress.rejected:
+                scored = score_exits(trainer, pl_module, fit.stream, self.hooks, fit.call, self.confidence, seen)
+                if scored is not None:
+                    scores[seen] = scored
+        return scores
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -25,6 +25,7 @@ class ExitHeads(nn.Module):
         ensemble: The weights of the geometric ensemble; ``None`` without one.
         nearest: A nearest-mean head for each exit and the end; none where heads answer.
         hooks: What lets the heads answer, while they are on a network.
+        looks_back: Whether an exit needs what those before it said.
         knows_means: Whether nearest means answer, and some are known.
 
     Example::
@@ -52,14 +53,9 @@ class ExitHeads(nn.Module):
             self.ensemble = GeometricEnsemble(len(heads) + 1, num_classes)
         self.nearest = nn.ModuleList([NearestMeanHead(num_classes, width) for width in widths or ()])
         self.hooks: object | None = None
-        self._cascades = ensemble != "none"
+        self.looks_back = ensemble != "none"
         self.knows_means = False
         self.register_load_state_dict_post_hook(_look_for_means)  # type: ignore[no-untyped-call]
-
-    @property
-    def looks_back(self) -> bool:
-        """Whether an exit needs what those before it said."""
-        return self._cascades
 
     def say(self, position: int, features: Tensor, said: Sequence[Tensor]) -> Tensor:
         """Return the logits of a head for its layer's output.

@@ -111,6 +111,15 @@ class ExitHooks:
             self.logits, self.features = [], []
 
     @contextmanager
+    def uncorrected(self) -> Iterator[None]:
+        """Let exits answer without the correction."""
+        before, self.correction = self.correction, None
+        try:
+            yield
+        finally:
+            self.correction = before
+
+    @contextmanager
     def stopping_at(self, position: int) -> Iterator[None]:
         """Let a call of the network in eval mode end with `ExitReached` at an exit, whoever may leave."""
         self._stops_at = position

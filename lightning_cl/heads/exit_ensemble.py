@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-Ensemble = Literal["none", "cascade", "geometric"]
+from lightning_cl.heads.exit_rules import log_probabilities
 
-_LEAST = -1e4  # a class that is ruled out has no gradient, and must not make one that is no number
+Ensemble = Literal["none", "cascade", "geometric"]
 
 
 class CascadedHead(nn.Module):
@@ -71,7 +71,6 @@ class GeometricEnsemble(nn.Module):
             said: The logits of this exit and all before it, ``(batch, classes)`` each.
         """
         last = len(said) - 1
-        rows = torch.stack([logits.detach() for logits in said])
-        predicted = rows.to(torch.promote_types(rows.dtype, torch.float32)).log_softmax(-1).clamp(min=_LEAST)
+        predicted = log_probabilities(torch.stack([logits.detach() for logits in said]))
         weights = self.weights[last, : len(said), None, None].exp()
         return (weights * predicted).mean(0) + self.bias[last]

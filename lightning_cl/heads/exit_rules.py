@@ -9,6 +9,25 @@ from torch import Tensor
 Confidence = Literal["max_softmax", "entropy", "patience"]
 
 
+_LEAST = -1e4  # a class that is ruled out has no gradient, and must not make one that is no number
+
+
+def log_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Compute logarithms of softened probabilities that are all finite, in single precision at least.
+
+    Args:
+        logits: Of shape ``(..., classes)``; a class may be ruled out with minus infinity.
+        temperature: What logits are divided by.
+
+    Example::
+
+        >>> log_probabilities(torch.tensor([0.0, -torch.inf]))
+        tensor([     0., -10000.])
+    """
+    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (precise / temperature).log_softmax(-1).clamp(min=_LEAST)
+
+
 def confidence_of(logits: Tensor, confidence: Literal["max_softmax", "entropy"] = "max_softmax") -> Tensor:
     """Compute how sure each row of logits is, from 0 to 1.
 

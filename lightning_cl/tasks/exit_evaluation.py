@@ -77,15 +77,11 @@ def fit_correction(
         call(batch)
         return torch.stack(hooks.logits, dim=1)
 
-    correction, hooks.correction = hooks.correction, None
-    try:
-        with hooks.collecting():
-            samples = torch.arange(stream.samples_of(task) or 0)
-            if _dry_batches(trainer) is not None:
-                samples = samples[:_DRY_SAMPLES]
-            rows = evaluate_samples(trainer, pl_module, stream, task, samples, logits_of)
-    finally:
-        hooks.correction = correction
+    samples = torch.arange(stream.samples_of(task) or 0)
+    if _dry_batches(trainer) is not None:
+        samples = samples[:_DRY_SAMPLES]
+    with hooks.uncorrected(), hooks.collecting():
+        rows = evaluate_samples(trainer, pl_module, stream, task, samples, logits_of)
     heads = hooks.count
     return fit_task_logit_correction(rows.view(len(rows), heads, -1), classes_seen(stream, task, rejected))
 
@@ -157,10 +153,10 @@ class ExitRecord:
         if before.numel():
             self.accuracies[: len(before), : len(before)] = before
 
-    def take(self, trained: int, scores: Mapping[int, ExitScores | None], threshold: float | str | None) -> None:
+    def take(self, trained: int, scores: Mapping[int, ExitScores], threshold: float | str | None) -> None:
         """Take down what was measured after a task, with the threshold in use, unless that is one to be chosen."""
         given = None if isinstance(threshold, str) else threshold
-        self.summaries = {task: exit_summary(part, given) for task, part in scores.items() if part is not None}
+        self.summaries = {task: exit_summary(part, given) for task, part in scores.items()}
         for task, summary in self.summaries.items():
             self.accuracies[trained, task] = summary.exit_accuracies
 

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from lightning_cl.arguments import check_choice, check_list
 from lightning_cl.exits import ExitHeads
+from lightning_cl.heads.exit_rules import log_probabilities
 from lightning_cl.tasks.exit_phases import depth_weights
 
 LossWeights = Literal["uniform", "sdn"] | list[float]
 Distill = Literal["last", "next", "later"]
 
 _TEMPERATURE = 2.0
-_LEAST = -1e4  # of the logarithm of a probability, so that a class that is ruled out makes no difference
 
 
 class ExitLosses:
@@ -106,8 +106,5 @@ def ensemble_loss(heads: ExitHeads, logits: Sequence[Tensor], targets: Tensor, b
 
 def _distance(logits: Tensor, teacher: Tensor) -> Tensor:
     """Return the divergence of each row's softened prediction from the teacher's, as gradients of labels have it."""
-    kind = torch.promote_types(logits.dtype, torch.float32)
-    wanted, own = (
-        (part.to(kind) / _TEMPERATURE).log_softmax(-1).clamp(min=_LEAST) for part in (teacher.detach(), logits)
-    )
+    wanted, own = (log_probabilities(part, _TEMPERATURE) for part in (teacher.detach(), logits))
     return _TEMPERATURE**2 * F.kl_div(own, wanted, reduction="none", log_target=True).sum(-1)

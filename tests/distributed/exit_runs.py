@@ -1,7 +1,5 @@
 """Streams with early exits that the distributed tests run in processes of their own."""
 
-import logging
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,6 +7,7 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor
 
+from benchmarks.quiet import silence
 from lightning_cl.callbacks import ContinualMetrics, EarlyExits, Replay, TaskEarlyStopping
 from lightning_cl.datamodules import ClassIncremental
 from lightning_cl.heads.exit_ensemble import Ensemble
@@ -50,9 +49,7 @@ class Epochs(Callback):
 
 def run_all(ranks: int, runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Run streams one after another and return what this rank saw of each."""
-    warnings.simplefilter("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    silence()
     return [_run(ranks, run) for run in runs]
 
 

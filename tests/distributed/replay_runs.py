@@ -1,7 +1,5 @@
 """Streams with replay that the distributed tests run in processes of their own."""
 
-import logging
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 
+from benchmarks.quiet import silence
 from lightning_cl.callbacks import DarkExperienceReplay, Replay
 from lightning_cl.datamodules import ClassIncremental
 from lightning_cl.tasks import ContinualCallback, Task
@@ -120,9 +119,7 @@ class Run:
 
 def run_all(ranks: int, runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Run streams one after another and return what this rank saw of each."""
-    warnings.simplefilter("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    silence()
     return [_run(ranks, run) for run in runs]
 
 

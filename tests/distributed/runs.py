@@ -1,7 +1,5 @@
 """Streams that the distributed tests run in processes of their own; module-level, so that they can be pickled."""
 
-import logging
-import warnings
 from typing import Any
 
 import torch
@@ -10,6 +8,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.quiet import silence
 from lightning_cl.callbacks import ContinualMetrics
 from lightning_cl.datamodules import ClassIncremental, Digits
 from lightning_cl.tasks import ContinualCallback, Task
@@ -91,9 +90,7 @@ def run_stream(
     ranks: int, global_batch: int, per_class: int, strategy: str = "ddp", refuse: tuple[int, int] | None = None
 ) -> dict[str, Any]:
     """Run a stream of five tasks and return what one rank saw of it."""
-    warnings.simplefilter("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    silence()
     seed_everything(1, verbose=False)
     data = ClassIncremental(DigitsOfSize(per_class, batch_size=global_batch // ranks), num_tasks=5, epochs_per_task=2)
     seen, metrics, net = Seen(), ContinualMetrics(print_table=False), Net()
