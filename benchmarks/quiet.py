@@ -15,13 +15,13 @@ def silence() -> None:
 
 
 def quiet_trainer(**settings: Any) -> Trainer:
-    """Return a Trainer on the CPU that trains, and neither validates nor writes."""
-    return Trainer(
-        accelerator="cpu",
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **settings,
-    )
+    """Return a Trainer on the CPU that trains, and neither validates nor writes but where the settings say so."""
+    quiet: dict[str, Any] = {
+        "accelerator": "cpu",
+        "limit_val_batches": 0,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return Trainer(**{**quiet, **settings})

@@ -8,7 +8,6 @@ from torch import Tensor
 
 Confidence = Literal["max_softmax", "entropy", "patience"]
 
-
 _LEAST = -1e4  # a class that is ruled out has no gradient, and must not make one that is no number
 
 

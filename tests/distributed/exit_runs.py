@@ -7,7 +7,7 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor
 
-from benchmarks.quiet import silence
+from benchmarks.quiet import quiet_trainer, silence
 from lightning_cl.callbacks import ContinualMetrics, EarlyExits, Replay, TaskEarlyStopping
 from lightning_cl.datamodules import ClassIncremental
 from lightning_cl.heads.exit_ensemble import Ensemble
@@ -62,14 +62,9 @@ def _run(ranks: int, run: Run) -> dict[str, Any]:
         Epochs(),
     )
     stopping = [TaskEarlyStopping("score", mode="max", patience=1)] if run.stops else []
-    trainer = Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
         devices=ranks,
         strategy="ddp" if ranks > 1 else "auto",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         limit_val_batches=int(run.stops),
         num_sanity_val_steps=0,
         callbacks=[Replay(30), exits, metrics, epochs, *stopping],

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 
-from benchmarks.quiet import silence
+from benchmarks.quiet import quiet_trainer, silence
 from lightning_cl.callbacks import ContinualMetrics, NearestMeanClassifier, Replay
 from lightning_cl.datamodules import ClassIncremental
 from lightning_cl.tasks import ContinualCallback, Task
@@ -91,15 +91,9 @@ def _run(ranks: int, run: Run) -> dict[str, Any]:
     assert isinstance(nearest, NearestMeanClassifier)
     data = DigitsOfSize(run.per_class, batch_size=GLOBAL_BATCH // ranks)
     notes, metrics = HeadNotes(nearest, digits(0, 100, 10)[0].view(-1, 1, 8, 8)), ContinualMetrics(print_table=False)
-    trainer = Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
         devices=ranks,
         strategy="ddp" if ranks > 1 else "auto",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
         callbacks=[*callbacks, notes, metrics],
     )
     net = run.net()

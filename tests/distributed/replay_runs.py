@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 
-from benchmarks.quiet import silence
+from benchmarks.quiet import quiet_trainer, silence
 from lightning_cl.callbacks import DarkExperienceReplay, Replay
 from lightning_cl.datamodules import ClassIncremental
 from lightning_cl.tasks import ContinualCallback, Task
@@ -129,15 +129,9 @@ def _run(ranks: int, run: Run) -> dict[str, Any]:
     [callback] = run.replaying()
     assert isinstance(callback, ReplayCallback)
     notes = MemoryNotes(callback)
-    trainer = Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
         devices=ranks,
         strategy="ddp" if ranks > 1 else "auto",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
         callbacks=[callback, notes],
     )
     trainer.fit(run.net(), datamodule=ClassIncremental(digits, num_tasks=5, epochs_per_task=run.epochs))

@@ -8,7 +8,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.quiet import silence
+from benchmarks.quiet import quiet_trainer, silence
 from lightning_cl.callbacks import ContinualMetrics
 from lightning_cl.datamodules import ClassIncremental, Digits
 from lightning_cl.tasks import ContinualCallback, Task
@@ -95,14 +95,10 @@ def run_stream(
     data = ClassIncremental(DigitsOfSize(per_class, batch_size=global_batch // ranks), num_tasks=5, epochs_per_task=2)
     seen, metrics, net = Seen(), ContinualMetrics(print_table=False), Net()
     refusal = [] if refuse is None else [RefuseTask(*refuse)]
-    trainer = Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
         devices=ranks,
         strategy=strategy if ranks > 1 else "auto",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        limit_val_batches=1.0,
         num_sanity_val_steps=0,
         callbacks=[seen, metrics, *refusal],
     )

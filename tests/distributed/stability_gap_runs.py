@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, seed_everything
 
+from benchmarks.quiet import quiet_trainer
 from benchmarks.resume import Net as DroppingNet
 from lightning_cl.callbacks import NearestMeanClassifier, Replay, StabilityGapTracker
 from lightning_cl.datamodules import ClassIncremental
@@ -58,15 +59,9 @@ def _run(ranks: int, run: Run) -> dict[str, Any]:
     data = DigitsOfSize(PER_CLASS, batch_size=GLOBAL_BATCH // ranks, val_fraction=0.1)
     callbacks = run.tracking()
     net: LightningModule = DroppingNet("onecycle") if run.drops else Net()
-    trainer = Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
         devices=ranks,
         strategy="ddp" if ranks > 1 else "auto",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
         callbacks=callbacks,
     )
     with warnings.catch_warnings(record=True) as caught:
