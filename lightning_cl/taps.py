@@ -1,8 +1,9 @@
 """Read and replace what layers of a module put out, by forward hooks."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -117,6 +118,37 @@ def own_outputs() -> Iterator[None]:
 def wants_own_outputs() -> bool:
     """Return whether an `own_outputs` block is open."""
     return _own_outputs.get()
+
+
+def layers_matching(
+    module: nn.Module, patterns: Sequence[str] | None, argument: str = "layers"
+) -> dict[str, nn.Module]:
+    """Return layers of a module by name, in its own order, without those of its exit heads.
+
+    Args:
+        module: The module.
+        patterns: Shell patterns of names, such as ``"backbone.*.conv1"``; ``None`` for all layers with parameters of
+            their own and no layers in them: convolutions, linear layers, norms.
+        argument: What the patterns are called in an error.
+
+    Raises:
+        ValueError: If a pattern matches nothing, showing the layers that there are.
+    """
+    layers = {name: layer for name, layer in _own_layers(module) if name}
+    with_weights = {
+        name: layer
+        for name, layer in layers.items()
+        if not any(True for _ in layer.children()) and any(True for _ in layer.parameters(recurse=False))
+    }
+    if patterns is None:
+        return with_weights
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in layers):
+            raise ValueError(
+                f"`{argument}` has {pattern!r}, which matches no layer of {type(module).__name__}. Layers with weights"
+                f" are: {', '.join(map(repr, with_weights)) or 'none'}."
+            )
+    return {name: layer for name, layer in layers.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
 
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:

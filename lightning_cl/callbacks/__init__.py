@@ -4,6 +4,7 @@ from lightning_cl.callbacks.continual_metrics import ContinualMetrics
 from lightning_cl.callbacks.dark_experience_replay import DarkExperienceReplay
 from lightning_cl.callbacks.early_exits import EarlyExits
 from lightning_cl.callbacks.nearest_mean_classifier import NearestMeanClassifier
+from lightning_cl.callbacks.poison_detector import PoisonDetector
 from lightning_cl.callbacks.replay import Replay
 from lightning_cl.callbacks.stability_gap_tracker import StabilityGapTracker
 from lightning_cl.callbacks.task_progress_bar import TaskProgressBar
@@ -14,6 +15,7 @@ __all__ = [
     "DarkExperienceReplay",
     "EarlyExits",
     "NearestMeanClassifier",
+    "PoisonDetector",
     "Replay",
     "StabilityGapTracker",
     "TaskEarlyStopping",

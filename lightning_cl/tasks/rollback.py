@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_cl.tasks import compat
 from lightning_cl.tasks.random_state import collect_random_state, restore_random_state
@@ -28,6 +28,34 @@ def check_rollback_support(trainer: Trainer) -> None:
         )
 
 
+class Layers:
+    """Remember which layers, parameters and buffers a module consists of, to put them back.
+
+    A module may put new ones in while it learns a task, such as a wider head, and a ``state_dict`` of before then fits
+    no more.
+
+    Example::
+
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3))
+        >>> layers = Layers(net)
+        >>> net[0] = torch.nn.Linear(2, 9)
+        >>> layers.put_back()
+        >>> net[0].out_features
+        3
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        kinds = ("_modules", "_parameters", "_buffers")
+        self._parts = [(layer, kind, dict(vars(layer)[kind])) for layer in module.modules() for kind in kinds]
+
+    def put_back(self) -> None:
+        """Let the module consist of the same objects again, whatever their values are."""
+        for layer, kind, parts in self._parts:
+            own = vars(layer)[kind]
+            own.clear()
+            own.update(parts)
+
+
 def take_copy(trainer: Trainer, keep: Callback) -> dict[str, Any]:
     """Copy the run in memory, by the protocol of Lightning's checkpoints: module, callbacks, optimizers, precision.
 
@@ -41,8 +69,20 @@ def take_copy(trainer: Trainer, keep: Callback) -> dict[str, Any]:
     return {"run": _cloned(compat.dump_run(trainer, keep)), "random": gather_random_states(collect_random_state())}
 
 
-def go_back(trainer: Trainer, pl_module: LightningModule, saved: Mapping[str, Any], keep: Callback) -> None:
-    """Put the run back to a copy; the copy stays usable."""
+def go_back(
+    trainer: Trainer, pl_module: LightningModule, saved: Mapping[str, Any], keep: Callback, layers: Layers | None
+) -> None:
+    """Put the run back to a copy; the copy stays usable.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: The module.
+        saved: The copy.
+        keep: One more callback, whose state is not undone.
+        layers: What the module consisted of; ``None`` if it is not known, after a resume.
+    """
+    if layers is not None:
+        layers.put_back()
     compat.load_run(trainer, pl_module, _cloned(saved["run"]), keep)
     restore_random_states(saved["random"], trainer.global_rank)
 
