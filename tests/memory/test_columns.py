@@ -112,7 +112,7 @@ def test_the_order_of_keys_does_not_matter():
         ([Pair(1, 2)], "a sample holds Pair"),
         ([UserDict({"a": 1})], "a sample holds UserDict"),
     ],
-    ids=str,
+    ids=["object", "set in a tuple", "object after a number", "named tuple", "UserDict"],
 )
 def test_what_cannot_be_copied_is_named(samples, named):
     with pytest.raises(TypeError, match=named):

@@ -155,7 +155,9 @@ def test_draws_are_uniform_over_the_memory():
 
 
 @pytest.mark.parametrize(
-    "other", [{"cursor": lambda: Cursor(epoch=1)}, {"cursor": lambda: Cursor(attempt=1)}, {"task": 3}], ids=str
+    "other",
+    [{"cursor": lambda: Cursor(epoch=1)}, {"cursor": lambda: Cursor(attempt=1)}, {"task": 3}],
+    ids=["epoch", "attempt", "task"],
 )
 def test_epochs_attempts_and_tasks_draw_anew(other):
     assert [_replayed(d) for d in _sampler()] != [_replayed(d) for d in _sampler(**other)]
