@@ -77,8 +77,9 @@ def corrupt(images: Tensor, name: str, severity: int, ids: Tensor, seed: int = 0
     corrupted = images.to("cpu", copy=True, memory_format=torch.contiguous_format)
     if severity and corrupted.numel():
         step = max(1, _CHUNK // corrupted[0].numel())
-        for chunk, chunk_ids in zip(corrupted.split(step), ids.split(step), strict=True):
-            chunk.copy_(_RULES[name](chunk, severity, Draws(chunk_ids, name, seed)))
+        for start in range(0, len(images), step):
+            chunk = slice(start, start + step)
+            corrupted[chunk] = _RULES[name](corrupted[chunk], severity, Draws(ids[chunk], name, seed))
     return corrupted.to(images.device)
 
 

@@ -23,7 +23,12 @@ def gaussian_blur(images: Tensor, severity: int, draws: Draws) -> Tensor:
 def defocus_blur(images: Tensor, severity: int, draws: Draws) -> Tensor:
     """Blur by a disk whose rim is smoothed, with the image mirrored beyond its edge."""
     radius, sigma = (length * relative_size(images) for length in _DEFOCUS[severity - 1])
-    return to_bytes(correlate(to_unit(images), _smooth_disk(radius, sigma, relative_size(images)), "mirror"))
+    squares = torch.arange(-math.floor(radius), math.floor(radius) + 1).square()
+    disk = (squares.unsqueeze(1) + squares <= radius**2).double()
+    # In images of 32x32 the smoothing reaches one pixel far, however wide its Gaussian is.
+    taps = gaussian_taps(sigma, math.ceil(relative_size(images)))
+    values = correlate(to_unit(images), disk / disk.sum(), "mirror")
+    return to_bytes(correlate(correlate(values, taps.unsqueeze(1), "mirror"), taps.unsqueeze(0), "mirror"))
 
 
 def motion_blur(images: Tensor, severity: int, draws: Draws) -> Tensor:
@@ -60,16 +65,6 @@ def glass_blur(images: Tensor, severity: int, draws: Draws) -> Tensor:
     return to_bytes(gaussian_filter(values, sigma, "edge"))
 
 
-def _smooth_disk(radius: float, sigma: float, relative: float) -> Tensor:
-    # In images of 32x32 the smoothing reaches one pixel far, however wide its Gaussian is.
-    reach = math.ceil(relative)
-    squares = torch.arange(-math.floor(radius) - reach, math.floor(radius) + reach + 1).square()
-    disk = (squares.unsqueeze(1) + squares <= radius**2).double()
-    taps = gaussian_taps(sigma, reach)
-    # The disk ends where the smoothing still reaches the kernel's edge, so that nothing lies beyond it.
-    return correlate(disk / disk.sum(), taps.unsqueeze(1) * taps, "edge")
-
-
 def _swap(offsets: Tensor, shift: int) -> Tensor:
     """Return, for each place of each image, from which place its pixel came, ``(batch, height * width)``.
 
@@ -79,14 +74,15 @@ def _swap(offsets: Tensor, shift: int) -> Tensor:
     """
     batch, iterations, height, width, _ = offsets.shape
     places = torch.arange(height * width).view(height, width)
-    # The images come last, since a step takes the same place of all of them.
-    partners = (places + offsets[..., 0] * width + offsets[..., 1]).permute(1, 2, 3, 0).contiguous()
+    # Bare arrays, since these are many small steps, and the images last, since a step takes the same place of all.
+    partners = (places + offsets[..., 0] * width + offsets[..., 1]).permute(1, 2, 3, 0)
+    there = (partners * batch + torch.arange(batch)).numpy()
     order = torch.arange(height * width).unsqueeze(1).repeat(1, batch)
+    here, anywhere = order.view(height, width, batch).numpy(), order.view(-1).numpy()
     for iteration in range(iterations):
         for row in range(height - shift, shift, -1):
             for column in range(width - shift, shift, -1):
-                here, there = order[row * width + column], partners[iteration, row, column].unsqueeze(0)
-                moved = here.clone().unsqueeze(0)
-                here.copy_(order.gather(0, there).squeeze(0))
-                order.scatter_(0, there, moved)
+                partner, leaving = there[iteration, row, column], here[row, column].copy()
+                here[row, column] = anywhere[partner]
+                anywhere[partner] = leaving
     return order.t()

@@ -42,4 +42,5 @@ def _photon_counts(white: int) -> Tensor:
     """
     levels = torch.arange(256, dtype=torch.float64).unsqueeze(1)
     at_most = torch.special.gammaincc(torch.arange(1, white + 1, dtype=torch.float64), levels / 255 * white)
-    return (2 * levels + at_most).flatten()
+    flat: Tensor = (2 * levels + at_most).flatten()
+    return flat
