@@ -1,5 +1,6 @@
 """Checks of arguments that several constructors share."""
 
+import math
 from collections.abc import Sequence
 
 
@@ -16,6 +17,47 @@ def check_count(argument: str, value: object) -> None:
         raise TypeError(f"`{argument}` must be a whole number, got {value!r}.")
     if value < 1:
         raise ValueError(f"`{argument}` must be at least 1, got {value}.")
+
+
+def check_weight(argument: str, value: object) -> None:
+    """Refuse what is no finite number from 0.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is below 0, infinite or not a number.
+    """
+    _check_number(argument, value)
+    if not 0 <= value < math.inf:  # type: ignore[operator]
+        raise ValueError(f"`{argument}` must be 0 or more and finite, got {value!r}.")
+
+
+def check_positive(argument: str, value: object) -> None:
+    """Refuse what is no finite number above 0.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is 0 or below, infinite or not a number.
+    """
+    _check_number(argument, value)
+    if not 0 < value < math.inf:  # type: ignore[operator]
+        raise ValueError(f"`{argument}` must be above 0 and finite, got {value!r}.")
+
+
+def check_share(argument: str, value: object) -> None:
+    """Refuse what is no number from 0 to 1.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is outside.
+    """
+    _check_number(argument, value)
+    if not 0 <= value <= 1:  # type: ignore[operator]
+        raise ValueError(f"`{argument}` must be from 0 to 1, got {value!r}.")
+
+
+def _check_number(argument: str, value: object) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"`{argument}` must be a number, got {value!r}.")
 
 
 def check_choice(argument: str, value: object, allowed: Sequence[str]) -> None:

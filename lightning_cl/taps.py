@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 EXITS = "early_exits"  # where exit heads are in a module, none of which is its classification layer
 
+_HIDDEN = -1e4  # no probability beside any logit, and a number in half precision too
+
 _own_outputs: ContextVar[bool] = ContextVar("own_outputs", default=False)
 
 
@@ -98,6 +100,81 @@ class OutputReplacement:
     def remove(self) -> None:
         """Take it off."""
         self._handle.remove()
+
+
+class ClassMask:
+    """Hide all but some classes: their logits become so low that a softmax leaves them no probability and no gradient.
+
+    Args:
+        classes: Those that stay.
+
+    Example::
+
+        >>> import torch
+        >>> ClassMask([0, 2])(torch.ones(1, 3)).softmax(1)
+        tensor([[0.5000, 0.0000, 0.5000]])
+    """
+
+    def __init__(self, classes: Iterable[int]) -> None:
+        self.classes = tuple(classes)
+        self._hidden = torch.empty(0, dtype=torch.bool)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Return logits ``(batch, classes)`` or ``(batch, classes, height, width)`` without the others' scores."""
+        dim = 1 if logits.ndim == 4 else -1
+        if len(self._hidden) != logits.shape[dim] or self._hidden.device != logits.device:
+            hidden = torch.ones(logits.shape[dim], dtype=torch.bool)
+            hidden[[label for label in self.classes if label < len(hidden)]] = False
+            self._hidden = hidden.to(logits.device)
+        return logits.masked_fill(self._hidden.view(-1, 1, 1) if dim == 1 else self._hidden, _HIDDEN)
+
+
+class LogitTap:
+    """Keep what a classification layer puts out, and let a mask change what others get of it, in a ``with`` block.
+
+    Args:
+        layer: The classification layer.
+        mask: Hides classes from whatever comes after the layer.
+
+    Attributes:
+        logits: The layer's last output, as it was before any mask; ``None`` until then.
+
+    Example::
+
+        >>> import torch
+        >>> layer = nn.Linear(2, 3)
+        >>> with LogitTap(layer, ClassMask([1])) as tap:
+        ...     masked = layer(torch.zeros(4, 2))
+        >>> masked.softmax(1)[0], torch.equal(tap.logits, layer(torch.zeros(4, 2)))
+        (tensor([0., 1., 0.], grad_fn=<SelectBackward0>), True)
+    """
+
+    def __init__(self, layer: nn.Module, mask: ClassMask | None = None) -> None:
+        self.logits: Tensor | None = None
+        self._layer = layer
+        self._mask = mask
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> "LogitTap":
+        # before all other hooks, since another tap may mask too
+        self._handles.append(self._layer.register_forward_hook(self._keep, prepend=True))
+        if self._mask is not None:
+            self._handles.append(self._layer.register_forward_hook(self._hide))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _keep(self, layer: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            self.logits = output
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _hide(self, layer: nn.Module, inputs: Any, output: Any) -> Any:
+        return self._mask(output) if self._mask is not None and isinstance(output, Tensor) else None
 
 
 def first_tensor(inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor | None:

@@ -3,6 +3,8 @@
 from lightning_cl.callbacks.continual_metrics import ContinualMetrics
 from lightning_cl.callbacks.dark_experience_replay import DarkExperienceReplay
 from lightning_cl.callbacks.early_exits import EarlyExits
+from lightning_cl.callbacks.elastic_weight_consolidation import ElasticWeightConsolidation
+from lightning_cl.callbacks.learning_without_forgetting import LearningWithoutForgetting
 from lightning_cl.callbacks.nearest_mean_classifier import NearestMeanClassifier
 from lightning_cl.callbacks.poison_detector import PoisonDetector
 from lightning_cl.callbacks.replay import Replay
@@ -14,6 +16,8 @@ __all__ = [
     "ContinualMetrics",
     "DarkExperienceReplay",
     "EarlyExits",
+    "ElasticWeightConsolidation",
+    "LearningWithoutForgetting",
     "NearestMeanClassifier",
     "PoisonDetector",
     "Replay",

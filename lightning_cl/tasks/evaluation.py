@@ -110,16 +110,17 @@ def find_call(
         trainer: The Trainer.
         pl_module: The module.
         stream: The tasks.
-        **options: Those of `ModuleCall.find`.
+        **options: Those of `ModuleCall.find`; ``num_outputs`` is the stream's number of classes by default.
 
     Returns:
         The call, and the batch that it was tried on.
     """
     task = stream.current_task.index  # the data of earlier ones may be gone
     few = torch.arange(min(8, stream.samples_of(task) or 0))
+    options.setdefault("num_outputs", stream.num_classes)
     with evaluating(trainer, pl_module), own_outputs():
         _, batch = next(sample_batches(trainer, pl_module, stream, task, few, every_rank=True))
-        return ModuleCall.find(pl_module, batch, stream.structure, stream.num_classes, **options), batch
+        return ModuleCall.find(pl_module, batch, stream.structure, **options), batch
 
 
 def evaluate_samples(

@@ -1,0 +1,260 @@
+"""What the callbacks share that keep a network near to what it was, without exemplars."""
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_cl.arguments import check_weight
+from lightning_cl.heads import pool_positions
+from lightning_cl.taps import ClassMask, LogitTap, find_head, layer_named
+from lightning_cl.tasks import compat
+from lightning_cl.tasks.callback import ContinualCallback
+from lightning_cl.tasks.clock import TaskClock
+from lightning_cl.tasks.evaluation import find_call
+from lightning_cl.tasks.exit_callback import ExitCallback
+from lightning_cl.tasks.other_weights import WithWeights, held_in_eval_mode
+from lightning_cl.tasks.stream import ReplayStream
+from lightning_cl.tasks.task import Task
+
+
+class Regulariser(ContinualCallback):
+    """Base class of behaviours that add a term which holds the network to its past.
+
+    While a task is trained, the module's own loss sees the logits of some classes only; see ``task_classes_only``. A
+    fit without a task sequence has no past: nothing is added to it, and nothing hidden from it.
+
+    Args:
+        weight: Weight of the term.
+        task_classes_only: Whether the module's loss sees the logits of the current task's classes alone, or, where past
+            samples are replayed, those of all classes seen so far. The others are hidden from it by very low values.
+        head: Name of the classification layer; found by its number of outputs if ``None``.
+
+    Attributes:
+        classes: The classes of the tasks that are over.
+    """
+
+    acts_innermost = True  # replay may give the module other rows
+    needs_gradients = False  # whether logits are asked for to differentiate them
+
+    def __init__(self, weight: float, task_classes_only: bool = True, head: str | None = None) -> None:
+        check_weight("weight", weight)
+        self.weight = weight
+        self.task_classes_only = task_classes_only
+        self.head = head
+        self.classes: tuple[int, ...] = ()
+        self._layer: str | None = None
+        self._stream: ReplayStream | None = None
+        self._call: WithWeights | None = None
+        self._mask = ClassMask(())
+        self._read_classes: dict[int, tuple[int, ...]] = {}
+        self._tap: LogitTap | None = None
+
+    def reset(self) -> None:
+        """Forget all tasks: a fit begins."""
+        self.classes = ()
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        self.reset()
+        self.forget()
+        clock = TaskClock.of(trainer)
+        if clock is not None and isinstance(clock.stream, ReplayStream):
+            self._check(trainer, clock.stream)
+            self._stream = clock.stream
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._stream is None:
+            return
+        name = type(self).__name__
+        try:
+            for task in self._stream.tasks:
+                self._stream.check_labels(task.index)
+        except ValueError as error:
+            raise MisconfigurationException(f"{name} needs class labels. {error}") from None
+        try:
+            self._layer = find_head(pl_module, self._stream.num_classes, self.head)
+        except ValueError as error:
+            raise MisconfigurationException(f"{name}: {error}") from None
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._stream is None:
+            return
+        # a layer that is named may grow with the classes
+        width = {} if self.head is None else {"num_outputs": None}
+        options = {"head": self.layer, "differentiable": self.needs_gradients, **width}
+        call, _ = find_call(trainer, pl_module, self._stream, **options)
+        self._call = WithWeights(pl_module, call)
+
+    @override
+    def around_training_step(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        step: Callable[[Any], Any],
+    ) -> Any:
+        if self._stream is None:
+            return step(batch)
+        mask = self.class_mask() if self.task_classes_only else None
+        # by name: a module may put a new layer in the place of the old one
+        self._tap = LogitTap(layer_named(pl_module, self.layer), mask)
+        with self._tap:
+            return step(batch)
+
+    @override
+    def on_batch_trained(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
+        self._tap = None
+
+    @override
+    def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
+        if self.knows_tasks:
+            self.classes = self._with_past(self.classes_of(task))
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.forget()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of what belongs to one fit; what was learnt of past tasks stays."""
+        self._stream = self._call = self._tap = self._layer = None
+        self._read_classes = {}
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"classes": list(self.classes)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.classes = tuple(state_dict["classes"])
+
+    @property
+    def stream(self) -> ReplayStream:
+        """The tasks of the running fit."""
+        if self._stream is None:
+            raise RuntimeError(f"{type(self).__name__} was asked outside a fit of a task sequence.")
+        return self._stream
+
+    @property
+    def knows_tasks(self) -> bool:
+        """Whether the fit has a task sequence."""
+        return self._stream is not None
+
+    @property
+    def layer(self) -> str:
+        """Name of the classification layer."""
+        if self._layer is None:
+            raise RuntimeError(f"{type(self).__name__} was asked for its layer outside a fit of a task sequence.")
+        return self._layer
+
+    @property
+    def call(self) -> WithWeights:
+        """Calls the module for logits, with any weights."""
+        if self._call is None:
+            raise RuntimeError(f"{type(self).__name__} was asked for logits before training began.")
+        return self._call
+
+    def classes_of(self, task: Task) -> tuple[int, ...]:
+        """Return the classes of a task, read from its data where the data set does not say."""
+        if task.classes is not None:
+            return task.classes
+        if task.index not in self._read_classes:
+            labels = self.stream.labels_of(task.index)
+            self._read_classes[task.index] = () if labels is None else tuple(sorted(set(labels.tolist())))
+        return self._read_classes[task.index]
+
+    def class_mask(self) -> ClassMask:
+        """Return what hides the classes that are not trained now."""
+        classes = self.classes_of(self.stream.current_task)
+        if self.stream.replay is not None:
+            classes = self._with_past(classes)
+        if self._mask.classes != classes:
+            self._mask = ClassMask(classes)
+        return self._mask
+
+    def student_logits(self) -> Tensor:
+        """Return what the classification layer put out in this training step, unmasked, ``(batch, outputs)``.
+
+        Raises:
+            ValueError: If ``training_step`` did not call the layer.
+        """
+        if self._tap is None or self._tap.logits is None:
+            raise ValueError(
+                f"{type(self).__name__} reads the logits of `head={self.layer!r}` in each training step, and"
+                " `training_step` did not call that layer. Name the one that it calls with `head=...`."
+            )
+        return pool_positions(self._tap.logits)
+
+    def logits_with(self, pl_module: LightningModule, weights: dict[str, Tensor], batch: Any) -> Tensor:
+        """Return the logits of a batch with other weights, in eval mode and without gradients, ``(batch, outputs)``.
+
+        Args:
+            pl_module: The module.
+            weights: Parameters and buffers by name, on the module's device.
+            batch: The batch, on the same device.
+        """
+        with held_in_eval_mode(pl_module):
+            return self.call.with_weights(weights, batch)
+
+    def distilled_logits(
+        self, pl_module: LightningModule, teacher: dict[str, Tensor], batch: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return what teacher and student say of the training batch about past classes, ``(batch, past classes)``.
+
+        The student's are those of the module's own step. Where the layer has grown since, the teacher knows fewer
+        classes, and these are compared.
+
+        Args:
+            pl_module: The module.
+            teacher: Its weights, on the module's device.
+            batch: The batch, as ``training_step`` got it.
+
+        Raises:
+            ValueError: If the step put another number of rows through the layer than the batch has.
+        """
+        student = self.student_logits()
+        wanted = self.logits_with(pl_module, teacher, batch)
+        if len(wanted) != len(student):
+            raise ValueError(
+                f"`training_step` put {len(student)} rows through `head={self.layer!r}` at last, and the batch has"
+                f" {len(wanted)}, so {type(self).__name__} cannot compare them. Let the step call the layer once, with"
+                " a row for each sample."
+            )
+        past = [label for label in self.classes if label < min(wanted.shape[1], student.shape[1])]
+        return wanted[:, past].float(), student[:, past].float()
+
+    def _with_past(self, classes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sorted({*self.classes, *classes}))
+
+    def _check(self, trainer: Trainer, stream: ReplayStream) -> None:
+        name = type(self).__name__
+        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+            raise MisconfigurationException(
+                f"{name} keeps a whole copy of the weights, and `Trainer(strategy=...)` is"
+                f" {type(trainer.strategy).__name__}, which cuts them into shards. Use `ddp`."
+            )
+        if any(isinstance(callback, ExitCallback) for callback in compat.callbacks_of(trainer)):
+            raise MisconfigurationException(
+                f"{name} knows one classification layer, and early exits train others beside it, which it would not"
+                " hold to their past. Take one of the two out."
+            )
+        for task in stream.tasks:
+            if stream.samples_of(task.index) is None:
+                raise MisconfigurationException(
+                    f"{name} needs data sets that can be indexed, and the data of task {task.index} ({task.name}) can"
+                    " only be iterated."
+                )
