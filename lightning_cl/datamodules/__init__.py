@@ -5,6 +5,7 @@ from lightning_cl.datamodules.class_incremental import ClassIncremental
 from lightning_cl.datamodules.digits import Digits
 from lightning_cl.datamodules.domain_incremental import DomainIncremental
 from lightning_cl.datamodules.joint import Joint
+from lightning_cl.datamodules.poisoned_task import PoisonedTask
 from lightning_cl.datamodules.sequence import TaskSequence
 from lightning_cl.datamodules.task_list import TaskList
 from lightning_cl.datamodules.torchvision_data import TorchvisionData
@@ -17,6 +18,7 @@ __all__ = [
     "DomainIncremental",
     "Joint",
     "Permute",
+    "PoisonedTask",
     "Rotate",
     "TaskList",
     "TaskSequence",

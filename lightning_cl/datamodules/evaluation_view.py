@@ -8,6 +8,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
+from lightning_cl.datamodules.poisoned_dataset import PoisonedDataset
+from lightning_cl.datamodules.transform_slot import with_transform
+
 
 def evaluation_view(
     dataset: Dataset[Any],
@@ -20,7 +23,7 @@ def evaluation_view(
     evaluation set of the same class, and else, with a warning, the data set as it is.
 
     Args:
-        dataset: The training data; `Subset` and `ConcatDataset` are looked through.
+        dataset: The training data; `Subset`, `ConcatDataset` and `PoisonedDataset` are looked through.
         evaluation_set: Returns the base's evaluation data, if there are any; called only where they are needed.
         eval_transform: The transform that the user named.
 
@@ -30,6 +33,8 @@ def evaluation_view(
     own = getattr(dataset, "evaluation_view", None)
     if callable(own):
         return own()  # type: ignore[no-any-return]
+    if isinstance(dataset, PoisonedDataset):
+        return dataset.over(evaluation_view(dataset.source, evaluation_set, eval_transform))
     if isinstance(dataset, Subset):
         view = copy.copy(dataset)
         view.dataset = evaluation_view(dataset.dataset, evaluation_set, eval_transform)
@@ -47,13 +52,13 @@ def evaluation_view(
             )
         return dataset
     if eval_transform is not None:
-        return _with_transform(dataset, eval_transform)
+        return with_transform(dataset, eval_transform)
     if dataset.transform is None:
         return dataset
     evaluated = evaluation_set()
     for candidate in () if evaluated is None else _inner(evaluated):
         if type(candidate) is type(dataset):
-            return _with_transform(dataset, candidate.transform)  # type: ignore[attr-defined]
+            return with_transform(dataset, candidate.transform)  # type: ignore[attr-defined]
     rank_zero_warn(
         f"Samples of {type(dataset).__name__} are evaluated under the training transform, because no evaluation"
         " transform was found. Name one with `eval_transform=...`."
@@ -69,13 +74,3 @@ def _inner(dataset: Dataset[Any]) -> Iterator[Dataset[Any]]:
             yield from _inner(part)
     else:
         yield dataset
-
-
-def _with_transform(dataset: Dataset[Any], transform: Callable[..., Any] | None) -> Dataset[Any]:
-    view: Any = copy.copy(dataset)
-    view.transform = transform
-    # torchvision's data sets apply this wrapper, not the attribute above
-    if getattr(view, "transforms", None) is not None and hasattr(view.transforms, "transform"):
-        view.transforms = copy.copy(view.transforms)
-        view.transforms.transform = transform
-    return view  # type: ignore[no-any-return]

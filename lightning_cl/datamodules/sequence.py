@@ -1,5 +1,6 @@
 """The DataModule that hands out one task's data after another."""
 
+import copy
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -8,7 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from lightning_cl.arguments import check_choice
 from lightning_cl.datamodules.base_data import BaseData
@@ -90,6 +91,7 @@ class TaskSequence(TaskLoaders):
         self._current: int | None = None
         self._clock: TaskClock | None = None
         self._ended_run: dict[str, Any] | None = None
+        self._wrapped_as: str | None = None
         self._saved_batch: int | None = None  # the global batch of the checkpoint, until the first batch is drawn
         # of training, by task; `None` where data can only be iterated
         self._sample_counts: list[int | None] = []
@@ -130,6 +132,27 @@ class TaskSequence(TaskLoaders):
     def task_epochs(self) -> int:
         """Epochs planned for the current task; -1 if only steps limit it."""
         return -1 if self._clock is None else self._clock.planned_epochs
+
+    @property
+    def checkpoint_key(self) -> str:
+        """Under which name the state stands in a checkpoint: that of the DataModule that the Trainer has."""
+        return self._wrapped_as or type(self).__qualname__
+
+    def wrapped_as(self, name: str) -> Self:
+        """Return a copy over the same DataModules, with nothing read yet, for a DataModule that hands it out.
+
+        Args:
+            name: Name of that DataModule's class.
+        """
+        own = copy.copy(self)
+        own._bases = [copy.copy(base) for base in self._bases]
+        for base in own._bases:
+            base.forget()
+        own._wrapped_as = name
+        own._tasks, own._sample_counts, own._current = (), [], None
+        own._clock = own._ended_run = own._saved_batch = None
+        own.replay = own.training_draw = None
+        return own
 
     def epochs_of(self, task: int) -> int | None:
         """Return the epochs of a task, or ``None`` for those of the Trainer."""

@@ -200,7 +200,8 @@ class TaskClock(Callback):
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        of_sequence = checkpoint.get(type(self.stream).__qualname__)
+        key = self.stream.checkpoint_key
+        of_sequence = checkpoint.get(key)
         state = checkpoint.get(CHECKPOINT_KEY) or (of_sequence or {}).get("ended_run")
         if state is None:
             if isinstance(self.stream, SingleTask):
@@ -212,7 +213,7 @@ class TaskClock(Callback):
             )
         if of_sequence is None and not isinstance(self.stream, SingleTask):
             raise MisconfigurationException(
-                f"The checkpoint is from another sequence: it holds no state of a {type(self.stream).__name__}. Resume"
+                f"The checkpoint is from another sequence: it holds no state of a {key}. Resume"
                 " with the kind of sequence that the run had."
             )
         self.progress = TaskProgress(**state["progress"])

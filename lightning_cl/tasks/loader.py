@@ -31,7 +31,8 @@ def flatten_subsets(dataset: Dataset[Any]) -> tuple[Dataset[Any], Tensor]:
     return dataset, indices
 
 
-def _only_passes_on(dataset: Dataset[Any]) -> bool:
+def only_passes_on(dataset: Dataset[Any]) -> bool:
+    """Whether a data set fetches many samples at once only by asking for one after another."""
     # torch's own containers ask sample by sample inside their `__getitems__`, where no sample can be seeded
     return getattr(type(dataset), "__getitems__", None) in (Subset.__getitems__, StackDataset.__getitems__)
 
@@ -128,7 +129,7 @@ class TaskDataset(Dataset[Any]):
 
     def samples(self, indices: list[int], seeds: list[int]) -> Any:
         """Return samples, or the collated batch that a data set makes of them, each under its own seed."""
-        fetch = None if _only_passes_on(self.dataset) else getattr(self.dataset, "__getitems__", None)
+        fetch = None if only_passes_on(self.dataset) else getattr(self.dataset, "__getitems__", None)
         if fetch is None:
             return self._each(indices, seeds)
         seed_generators(seeds[0])

@@ -27,6 +27,10 @@ class TaskStream(Protocol):
         """The tasks in their order."""
 
     @property
+    def checkpoint_key(self) -> str:
+        """Under which name a checkpoint has its state."""
+
+    @property
     def structure(self) -> BatchStructure:
         """Where inputs and targets stand in a batch."""
 
@@ -102,6 +106,7 @@ class SingleTask:
 
     reset_optimizer = True
     evaluates_tasks_apart = True
+    checkpoint_key = "SingleTask"  # it has no state
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
