@@ -10,6 +10,7 @@ from sklearn.datasets import load_sample_images
 
 from lightning_cl.corruptions import CORRUPTIONS, batch, check_corruption, corrupt
 from lightning_cl.corruptions.draws import Draws
+from lightning_cl.hashing import mix
 
 NOISES = ["gaussian_noise", "impulse_noise", "shot_noise"]
 RANDOM = [*NOISES, "elastic_transform", "fog", "glass_blur", "motion_blur"]
@@ -98,6 +99,12 @@ def test_draws_are_uniform_between_zero_and_one():
     numbers = Draws(torch.arange(100), "fog", 0).uniform(500).flatten()
     assert 0 < numbers.min() < numbers.max() < 1
     assert stats.kstest(numbers.numpy(), "uniform").pvalue > 0.01
+
+
+def test_draws_are_hashes_of_the_id_and_never_change():
+    (numbers,) = Draws(torch.tensor([11]), "fog", seed=2).uniform(3).tolist()
+    key = mix(2, *b"fog", 11)
+    assert numbers == [((mix(key + place) >> 11) + 0.5) / 2**52 for place in range(3)]
 
 
 def test_draws_that_follow_each_other_are_those_of_one_call():
