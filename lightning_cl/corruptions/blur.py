@@ -32,7 +32,7 @@ def defocus_blur(images: Tensor, severity: int, draws: Draws) -> Tensor:
 
 
 def motion_blur(images: Tensor, severity: int, draws: Draws) -> Tensor:
-    """Blur along a line: pixels take from those before them, up to 45 degrees up or down, by half a Gaussian."""
+    """Blur along a line: pixels take from those to the right, up to 45 degrees up or down, by half a Gaussian."""
     radius, sigma = (length * relative_size(images) for length in _MOTION[severity - 1])
     taps = 2 * math.ceil(radius) + 1
     weights = gaussian_taps(sigma, taps - 1)[taps - 1 :]
