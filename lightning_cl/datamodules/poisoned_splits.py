@@ -154,8 +154,8 @@ class PoisonedSplits:
         kinds = poison.choose(labels, data.indices, assignment, seed)
         dataset = source
         if bool((kinds >= 0).any()):
-            of_all = torch.full((len(source),), -1)  # type: ignore[arg-type]
-            of_all[data.indices] = kinds
+            of_all = torch.full((len(source),), -1, dtype=torch.int8)  # type: ignore[arg-type]
+            of_all[data.indices] = kinds.to(torch.int8)
             pixels = PixelPoison(of_all, poison.corruptions, poison.severity, seed)
             try:
                 dataset = poison_dataset(source, pixels, self.sequence.structure)
