@@ -145,10 +145,10 @@ class PoisonedBatches(PoisonedDataset):
     def prepare(self) -> None:
         """Corrupt the images that are in memory, if that was not done yet."""
         source = self.source
-        positions = (self.poison.kinds >= 0).nonzero().squeeze(1)
-        if self._images is not None or not isinstance(source, ArrayDataset) or len(positions) == 0:
+        if self._images is not None or not isinstance(source, ArrayDataset):
             return
-        if any(isinstance(array, np.memmap) for array in source.arrays):
+        positions = (self.poison.kinds >= 0).nonzero().squeeze(1)
+        if len(positions) == 0 or any(isinstance(array, np.memmap) for array in source.arrays):
             return
         chunks = [positions[start : start + _CHUNK] for start in range(0, len(positions), _CHUNK)]
         self._images = torch.cat([self.poison.of_images(source.__getitems__(chunk)[0], chunk) for chunk in chunks])

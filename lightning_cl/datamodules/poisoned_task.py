@@ -184,7 +184,7 @@ class PoisonedTask(DelegatingDataModule):
 
     def _check_task(self, task: int) -> None:
         count = self.sequence.num_tasks
-        if task >= count:
+        if not 0 <= task < count:
             raise ValueError(f"`task={task}` is none of the sequence's {count} tasks, which are counted from 0.")
         if self.sequence.base_of(task).is_iterable():
             raise MisconfigurationException(
