@@ -56,7 +56,7 @@ class PoisonedTask(DelegatingDataModule):
 
         >>> from lightning_cl.datamodules import ClassIncremental, Digits
         >>> clean = ClassIncremental(Digits(), num_tasks=5)
-        >>> data = PoisonedTask(clean, task=3, attack="bait", corruption="contrast")
+        >>> data = PoisonedTask(clean, task=3, attack="bait", corruption="contrast", seed=0)
         >>> data.setup("fit")
         >>> len(data.poisoned_indices()), data.samples_of(3)
         (129, 260)

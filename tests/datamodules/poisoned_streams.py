@@ -126,7 +126,7 @@ def streams(make=None, wrap=None, **settings):
     """A sequence of three tasks whose task 1 is poisoned, and the same without, both ready to fit."""
     make = FORMS["arrays"] if make is None else make
     wrap = wrap or (lambda base: ClassIncremental(base, num_tasks=3))
-    settings = {"task": 1, "corruption": "gaussian_noise", **settings}
+    settings = {"task": 1, "corruption": "gaussian_noise", "seed": 0, **settings}
     poisoned, clean = PoisonedTask(wrap(make()), **settings), wrap(make())
     for sequence in (poisoned, clean):
         sequence.setup("fit")
