@@ -67,7 +67,7 @@ def _contents(images):
 @pytest.mark.parametrize("storage", ["reference", "copy"])
 def test_replayed_samples_of_the_poisoned_task_are_poisoned(storage, tmp_path):
     poison = _contents(epoch(streams(task=0)[0], 0)[0])
-    module = _fit(_poisoned(task=0), callbacks=[Replay(20, storage=storage)], default_root_dir=tmp_path)
+    module = _fit(_poisoned(task=0, seed=0), callbacks=[Replay(20, storage=storage)], default_root_dir=tmp_path)
     replayed = [images[rows][labels[rows] < 2] for task, images, labels, rows in module.batches if task > 0]
     assert len(torch.cat(replayed)) > 0
     assert _contents(torch.cat(replayed)) <= poison
