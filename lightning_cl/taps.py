@@ -14,6 +14,7 @@ EXITS = "early_exits"  # where exit heads are in a module, none of which is its 
 _HIDDEN = -1e4  # no probability beside any logit, and a number in half precision too
 
 _own_outputs: ContextVar[bool] = ContextVar("own_outputs", default=False)
+_untapped: ContextVar[bool] = ContextVar("untapped", default=False)
 
 
 class LayerTap:
@@ -169,12 +170,24 @@ class LogitTap:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _keep(self, layer: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
+        if isinstance(output, Tensor) and not _untapped.get():
             self.logits = output
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _hide(self, layer: nn.Module, inputs: Any, output: Any) -> Any:
-        return self._mask(output) if self._mask is not None and isinstance(output, Tensor) else None
+        if self._mask is None or not isinstance(output, Tensor) or _untapped.get():
+            return None
+        return self._mask(output)
+
+
+@contextmanager
+def untapped() -> Iterator[None]:
+    """Let no `LogitTap` keep or change anything while the ``with`` block lasts: it is not the module's own step."""
+    token = _untapped.set(True)
+    try:
+        yield
+    finally:
+        _untapped.reset(token)
 
 
 def first_tensor(inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor | None:

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_cl.taps import untapped
 from lightning_cl.tasks.callback import ContinualCallback
 from lightning_cl.tasks.overrides import InstanceOverrides
 
@@ -69,7 +70,8 @@ class LossTerms:
         self.was_asked = True
         total = torch.zeros((), device=self._pl_module.device)
         for callback in self._callbacks:
-            term = callback.training_loss(self._trainer, self._pl_module, batch, batch_idx, outputs)
+            with untapped():  # manual optimisation asks for it in the middle of its step
+                term = callback.training_loss(self._trainer, self._pl_module, batch, batch_idx, outputs)
             if term is not None:
                 total = total + term
                 self._pl_module.log(f"loss/{_snake_case(type(callback).__name__)}", term.detach(), batch_size=1)

@@ -1,0 +1,227 @@
+"""What holds for every callback that keeps a network to its past without exemplars."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from numbered_streams import AnyBatch, DataOf, Judge, Watch, fit_stream, same, same_weights
+from regularised_streams import REGULARISERS, Notes
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_cl.callbacks import ContinualMetrics, Replay, StabilityGapTracker
+from lightning_cl.datamodules import ClassIncremental, Joint, TaskList
+from lightning_cl.tasks import TaskClock, added_loss
+from tests.modules import BrightnessData, DigitsData, Manual, Plain, Regression, quiet_trainer
+
+pytestmark = pytest.mark.parametrize("kind", REGULARISERS)
+
+
+def _noisy():
+    return Plain(lr=0.05, dropout=0.3, batch_norm=True)
+
+
+def _end(callback, module):
+    return dict(module.state_dict()), callback.state_dict(), torch.get_rng_state()
+
+
+@pytest.mark.parametrize("step", [2, 3, 4, 6, 8])
+def test_a_resumed_run_ends_the_same(kind, step, tmp_path):
+    runs, path = [], tmp_path / f"step={step}.ckpt"
+    for resumed in (None, path):
+        callback = kind()
+        checkpoint = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+        _, module = fit_stream(
+            [callback, checkpoint], _noisy, DigitsData(), enable_checkpointing=True, ckpt_path=resumed
+        )
+        runs.append(_end(callback, module))
+    assert same(*runs)
+
+
+def test_a_run_resumed_at_a_tasks_end_ends_the_same(kind, tmp_path):
+    runs, path = [], tmp_path / "epoch=0.ckpt"
+    for resumed in (None, path):
+        callback, checkpoint = kind(), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+        _, module = fit_stream(
+            [callback, checkpoint], _noisy, DigitsData(), enable_checkpointing=True, ckpt_path=resumed
+        )
+        runs.append(_end(callback, module))
+    assert same(*runs)
+
+
+def _odd_parts(value):
+    """What in a state is neither a tensor with a storage of its own nor plain Python."""
+    if isinstance(value, torch.Tensor):
+        return [] if value.untyped_storage().nbytes() == value.numel() * value.element_size() else [value]
+    if isinstance(value, (dict, list)):
+        return [odd for part in (value.values() if isinstance(value, dict) else value) for odd in _odd_parts(part)]
+    return [] if value is None or type(value) in (int, float, str) else [value]
+
+
+def test_the_state_is_plain(kind, tmp_path):
+    callback = kind()
+    fit_stream([callback, ModelCheckpoint(tmp_path, save_last=True)], Plain, DigitsData(), enable_checkpointing=True)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"][callback.state_key]
+    assert same(saved, callback.state_dict())
+    assert saved["classes"] == list(range(6))
+
+
+def test_the_state_has_no_part_of_a_larger_tensor(kind):
+    class Looks(Notes):
+        def on_train_batch_end(self, *args):
+            odd.extend(_odd_parts(callback.state_dict()))
+
+    callback, odd = kind(), []
+    fit_stream([callback, Looks()], Plain, DigitsData())
+    assert odd == []
+
+
+def test_a_task_that_is_repeated_ends_as_if_it_had_been_trained_once(kind):
+    runs = []
+    for attempts in ([], [1, 0]):
+        callback = kind()
+        _, module = fit_stream([callback, Judge(1, attempts)], _noisy, DigitsData())
+        runs.append(_end(callback, module)[:2])
+    assert same(*runs)
+
+
+class Breaks(Callback):
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.datamodule.current_task.index == 1:
+            raise RuntimeError("broken")
+
+
+@pytest.mark.parametrize("others", [[], [Breaks()]], ids=["fit", "exception"])
+def test_nothing_is_left_on_the_module(kind, others):
+    def traces():
+        return {
+            name: (sorted(vars(layer)), len(layer._forward_hooks), len(layer._forward_pre_hooks), layer.training)
+            for name, layer in module.named_modules()
+        }
+
+    module, sequence = Plain(), ClassIncremental(DigitsData(), num_tasks=3)
+    trainer = quiet_trainer(callbacks=[kind(), *others], max_epochs=1, limit_val_batches=0)
+    trainer.validate(module, datamodule=sequence, verbose=False)
+    module.train()
+    before, parameters = traces(), [id(parameter) for parameter in module.parameters()]
+    with pytest.raises(RuntimeError, match="broken") if others else nullcontext():
+        trainer.fit(module, datamodule=sequence)
+    assert traces() == before
+    assert [id(parameter) for parameter in module.parameters()] == parameters
+    assert "training_step" not in vars(module)
+
+
+def test_a_second_fit_begins_anew(kind):
+    callback = kind()
+    trainer, module = fit_stream([callback], Plain, DigitsData())
+
+    class Looks(Callback):
+        def on_train_start(self, trainer, pl_module):
+            seen.append(callback.state_dict())
+
+    seen = []
+    trainer.callbacks.append(Looks())
+    trainer.fit(module, datamodule=trainer.datamodule)
+    assert same(seen[0], kind().state_dict())
+
+
+def test_observers_early_stopping_and_metrics_go_with_it_in_any_order(kind):
+    runs = []
+    for turn in (1, -1):
+        callback, metrics = kind(), ContinualMetrics(print_table=False)
+        others = [EarlyStopping("val_acc", mode="max", patience=1), StabilityGapTracker(probe_size=10), Replay(20)]
+        callbacks = [metrics, callback, *others][::turn]
+        _, module = fit_stream(callbacks, _noisy, DigitsData(), limit_val_batches=1.0, max_epochs=3)
+        runs.append((*_end(callback, module), metrics.matrix))
+    assert same(*runs)
+
+
+def test_observers_do_not_disturb_it(kind):
+    runs = []
+    for observers in ([], [StabilityGapTracker(probe_size=10), ContinualMetrics(print_table=False)]):
+        callback = kind()
+        _, module = fit_stream([callback, *observers], _noisy, DigitsData(), limit_val_batches=1.0)
+        runs.append(_end(callback, module))
+    assert same(*runs)
+
+
+def test_a_stream_of_one_task_adds_nothing(kind):
+    runs = []
+    for callbacks in ([], [kind()]):
+        _, module = fit_stream(callbacks, Plain, sequence=Joint(DigitsData()))
+        runs.append(module)
+    assert same_weights(*runs)
+
+
+def test_with_weight_zero_and_all_classes_the_run_is_that_without_it(kind):
+    runs = []
+    for callbacks in ([], [kind(weight=0, task_classes_only=False)]):
+        _, module = fit_stream(callbacks, _noisy, DigitsData())
+        runs.append((dict(module.state_dict()), torch.get_rng_state()))
+    assert same(*runs)
+
+
+def test_the_term_is_divided_under_gradient_accumulation(kind):
+    """Three batches of a step have the gradient of their mean."""
+    ends = []
+    for data, settings in ((DataOf(batch_size=48), {}), (DataOf(batch_size=16), {"accumulate_grad_batches": 3})):
+        notes = Notes()
+        fit_stream([kind(), notes], AnyBatch, data, max_epochs=2, **settings)
+        ends.append(dict(notes.networks[-1].state_dict()))
+    for name, weights in ends[0].items():
+        torch.testing.assert_close(ends[1][name], weights, rtol=1e-3, atol=1e-5)
+
+
+def test_manual_optimisation_with_added_loss_equals_the_automatic_one(kind):
+    runs = [fit_stream([kind()], make, DigitsData())[1] for make in (Plain, lambda: Manual(extra_loss=added_loss))]
+    assert same_weights(*runs)
+
+
+def test_a_batch_in_training_is_let_go_of_after_it(kind):
+    class Looks(Notes):
+        def on_train_batch_end(self, *args):
+            assert callback._tap is None
+
+    callback = kind()
+    fit_stream([callback, Looks(), Watch()], Plain, DigitsData())
+
+
+class Streamed(DigitsData):
+    def train_dataloader(self):
+        class Rows(IterableDataset):
+            def __iter__(self):
+                return iter([])
+
+        return DataLoader(Rows(), batch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("bases", "module", "message"),
+    [
+        ((DigitsData, Streamed), Plain, "needs data sets that can be indexed"),
+        ((BrightnessData, BrightnessData), Regression, "needs class labels"),
+    ],
+    ids=["iterable", "regression"],
+)
+def test_what_does_not_go_is_refused_before_training(kind, bases, module, message):
+    with pytest.raises(MisconfigurationException, match=f"{kind.__name__} {message}"):
+        fit_stream([kind()], module, sequence=TaskList([base() for base in bases]))
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
+def test_a_strategy_that_cuts_the_weights_is_refused(kind, strategy):
+    # neither runs on a CPU: `setup` gets what it looks at
+    trainer, stream = quiet_trainer(), ClassIncremental(DigitsData(), num_tasks=3)
+    TaskClock.install(trainer, stream=stream)
+    sharded = SimpleNamespace(callbacks=trainer.callbacks, strategy=object.__new__(strategy))
+    with pytest.raises(MisconfigurationException, match=f"{kind.__name__} keeps a whole.*{strategy.__name__}"):
+        kind().setup(sharded, Plain(), "fit")
+
+
+def test_two_of_a_kind_are_refused(kind):
+    with pytest.raises(RuntimeError, match="more than one stateful callback"):
+        fit_stream([kind(), kind()], Plain, DigitsData())
