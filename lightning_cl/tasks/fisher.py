@@ -20,6 +20,7 @@ from lightning_cl.tasks.stream import ReplayStream
 FisherKind = Literal["empirical", "true"]
 
 _CHUNK_BYTES = 1 << 26  # of gradients that are taken at once
+_FEW = 16  # samples are enough to try a run out
 _SALT = 0xF15BE2
 
 
@@ -48,7 +49,8 @@ class DiagonalFisher:
     ) -> Weights:
         """Return the diagonal over the training samples of a task, as an evaluation sees them.
 
-        The samples are shared out over the ranks, all of which must call it; each gets the whole.
+        The samples are shared out over the ranks, all of which must call it; each gets the whole. A ``fast_dev_run``
+        looks at a few of them.
 
         Args:
             trainer: The Trainer.
@@ -60,7 +62,8 @@ class DiagonalFisher:
         named = dict(pl_module.named_parameters())
         weights = {name: named[name].detach() for name in names}
         totals = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
-        samples = torch.arange(stream.samples_of(task) or 0)
+        count = stream.samples_of(task) or 0
+        samples = torch.arange(min(count, _FEW) if trainer.fast_dev_run else count)  # type: ignore[attr-defined]
         with evaluating(trainer, pl_module), own_outputs(), torch.autocast(pl_module.device.type, enabled=False):
             for ids, batch in sample_batches(trainer, pl_module, stream, task, samples):
                 labels = as_labels(stream.structure.find_targets(batch)).to(pl_module.device)

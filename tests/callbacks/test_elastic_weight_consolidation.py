@@ -75,6 +75,19 @@ def test_the_fisher_information_is_that_of_a_slow_reference(kind, norm):
     assert set(keeps.states[0]["importance"]) - set(BODY) == ({"net.1.weight", "net.1.bias"} if norm else set())
 
 
+def test_a_run_that_is_only_tried_out_looks_at_a_few_samples():
+    looked = []
+
+    class Counts(AnyBatch):
+        def forward(self, images):
+            looked.append(len(images))
+            return super().forward(images * (1.0 if float(images.sum()) > -1 else 2.0))  # sample by sample
+
+    with pytest.warns(UserWarning, match="sample by sample"):
+        fit_stream([ElasticWeightConsolidation()], Counts, DataOf(), fast_dev_run=1)
+    assert looked.count(1) < 3 * 24
+
+
 def test_the_two_kinds_differ():
     got = []
     for kind in ("empirical", "true"):

@@ -14,7 +14,7 @@ RUNS = {
     "lwf": Run(held("lwf", weight=2.0)),
     "ewc": Run(held("ewc", weight=50.0)),
     "ewc true": Run(held("ewc", weight=50.0, fisher="true")),
-    # 38 samples a task: where ranks have unequal shares of a batch, DDP's mean is not that of one, so nothing is trained
+    # where ranks have unequal shares of a batch, DDP's mean is not that of one process: so nothing is trained here
     "ewc of uneven shares": Run(held("ewc", weight=50.0), StillNet, per_class=19),
 }
 NOISY = {"lwf": Run(held("lwf"), NoisyNormedNet), "ewc": Run(held("ewc", weight=10.0), NoisyNormedNet)}
