@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from typing_extensions import override
 
-from lightning_cl.taps import own_outputs
+from lightning_cl.taps import own_outputs, untapped
 from lightning_cl.tasks.random_state import forked_generators
 
 Weights = dict[str, Tensor]
@@ -42,7 +42,7 @@ def held_in_eval_mode(module: nn.Module) -> Iterator[None]:
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
-        with forked_generators(), torch.no_grad(), own_outputs():
+        with forked_generators(), torch.no_grad(), own_outputs(), untapped():
             yield
     finally:
         for part, training in modes:

@@ -6,6 +6,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -94,6 +95,12 @@ class Regulariser(ContinualCallback):
         options = {"head": self.layer, "differentiable": self.needs_gradients, **width}
         call, _ = find_call(trainer, pl_module, self._stream, **options)
         self._call = WithWeights(pl_module, call)
+        task = self._stream.current_task
+        if task.index > 0 and not self.classes:
+            rank_zero_warn(
+                f"{type(self).__name__} begins at task {task.index} ({task.name}) without a past: the checkpoint holds"
+                " none, so nothing holds the network in this task."
+            )
 
     @override
     def around_training_step(

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from numbered_streams import AnyBatch, DataOf, Judge, Watch, fit_stream, same, same_weights
-from regularised_streams import REGULARISERS, Notes
+from regularised_streams import REGULARISERS, Frozen, Notes
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_cl.callbacks import ContinualMetrics, Replay, StabilityGapTracker
@@ -51,6 +51,13 @@ def test_a_run_resumed_at_a_tasks_end_ends_the_same(kind, tmp_path):
         )
         runs.append(_end(callback, module))
     assert same(*runs)
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_without_a_past_is_told_so(kind, tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    fit_stream([checkpoint], Plain, DigitsData(), enable_checkpointing=True)
+    with pytest.warns(UserWarning, match=f"{kind.__name__} begins at task 1 .* without a past"):
+        fit_stream([kind()], Plain, DigitsData(), ckpt_path=tmp_path / "epoch=0.ckpt")
 
 
 def _odd_parts(value):
@@ -147,6 +154,13 @@ def test_observers_do_not_disturb_it(kind):
         _, module = fit_stream([callback, *observers], _noisy, DigitsData(), limit_val_batches=1.0)
         runs.append(_end(callback, module))
     assert same(*runs)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_an_unchanged_network_has_loss_zero_in_any_precision(kind, precision):
+    notes = Notes("learning_without_forgetting" if kind is REGULARISERS[0] else "elastic_weight_consolidation")
+    fit_stream([kind(), notes], Frozen, DigitsData(), precision=precision)
+    assert notes.terms[3:] == [0.0] * 6
 
 
 def test_a_stream_of_one_task_adds_nothing(kind):
