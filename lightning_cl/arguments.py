@@ -19,45 +19,26 @@ def check_count(argument: str, value: object) -> None:
         raise ValueError(f"`{argument}` must be at least 1, got {value}.")
 
 
-def check_weight(argument: str, value: object) -> None:
-    """Refuse what is no finite number from 0.
+def check_number(argument: str, value: object, least: float, most: float = math.inf, above: bool = False) -> None:
+    """Refuse what is no finite number in a range.
+
+    Args:
+        argument: Its name.
+        value: What was got.
+        least: The smallest number that is allowed.
+        most: The greatest.
+        above: Whether the smallest itself is not allowed.
 
     Raises:
         TypeError: If it is no number.
-        ValueError: If it is below 0, infinite or not a number.
+        ValueError: If it is outside the range, or not finite.
     """
-    _check_number(argument, value)
-    if not 0 <= value < math.inf:  # type: ignore[operator]
-        raise ValueError(f"`{argument}` must be 0 or more and finite, got {value!r}.")
-
-
-def check_positive(argument: str, value: object) -> None:
-    """Refuse what is no finite number above 0.
-
-    Raises:
-        TypeError: If it is no number.
-        ValueError: If it is 0 or below, infinite or not a number.
-    """
-    _check_number(argument, value)
-    if not 0 < value < math.inf:  # type: ignore[operator]
-        raise ValueError(f"`{argument}` must be above 0 and finite, got {value!r}.")
-
-
-def check_share(argument: str, value: object) -> None:
-    """Refuse what is no number from 0 to 1.
-
-    Raises:
-        TypeError: If it is no number.
-        ValueError: If it is outside.
-    """
-    _check_number(argument, value)
-    if not 0 <= value <= 1:  # type: ignore[operator]
-        raise ValueError(f"`{argument}` must be from 0 to 1, got {value!r}.")
-
-
-def _check_number(argument: str, value: object) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"`{argument}` must be a number, got {value!r}.")
+    if not (math.isfinite(value) and least <= value <= most and not (above and value == least)):
+        low = f"above {least:g}" if above else f"{least:g} or more"
+        allowed = f"{low} and finite" if most == math.inf else f"from {least:g} to {most:g}"
+        raise ValueError(f"`{argument}` must be {allowed}, got {value!r}.")
 
 
 def check_choice(argument: str, value: object, allowed: Sequence[str]) -> None:

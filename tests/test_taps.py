@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import weight_norm as old_weight_norm
 from torch.nn.utils.parametrizations import weight_norm
 
-from lightning_cl.taps import LayerTap, OutputReplacement, find_head, own_outputs
+from lightning_cl.taps import LayerTap, OutputReplacement, find_head, layers_matching, own_outputs
 
 
 class Net(nn.Module):
@@ -299,3 +299,48 @@ def test_a_name_that_is_no_layer_is_shown_with_the_layers():
     assert "`head='fc'` names no layer of Net" in error
     assert "'backbone.0'" in error
     assert "'head'" in error
+
+
+# ------------------------------------------------------------------ layers by pattern
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU()) for _ in range(2))
+        self.early_exits = nn.ModuleDict({"exit": nn.Linear(4, 3)})
+        self.fc = nn.Linear(4, 3)
+
+
+def test_without_patterns_all_layers_with_weights_match_in_the_order_of_the_module():
+    names = ["stem", "blocks.0.0", "blocks.0.1", "blocks.1.0", "blocks.1.1", "fc"]
+    assert list(layers_matching(Residual(), None)) == names
+
+
+@pytest.mark.parametrize(
+    ("patterns", "names"),
+    [
+        (["fc", "stem"], ["stem", "fc"]),
+        (["blocks.*.1"], ["blocks.0.1", "blocks.1.1"]),
+        (["blocks.[1-9].?"], ["blocks.1.0", "blocks.1.1", "blocks.1.2"]),
+        (["blocks.1", "*.1"], ["blocks.0.1", "blocks.1", "blocks.1.1"]),
+    ],
+    ids=str,
+)
+def test_layers_match_shell_patterns(patterns, names):
+    net = Residual()
+    assert list(layers_matching(net, patterns)) == [name for name in dict(net.named_modules()) if name in names]
+    assert set(layers_matching(net, patterns)) == set(names)
+
+
+def test_a_layer_with_two_names_counts_once():
+    net = Residual()
+    net.same = net.fc
+    assert list(layers_matching(net, ["*c", "s*m*"])) == ["stem", "fc"]
+
+
+@pytest.mark.parametrize("pattern", ["block", "Stem", "early_exits*", ""])
+def test_a_pattern_without_a_layer_is_an_error_that_lists_the_layers(pattern):
+    with pytest.raises(ValueError, match=r"`layers` has .*matches no layer of Residual.*'stem', 'blocks.0.0'.*'fc'"):
+        layers_matching(Residual(), ["fc", pattern])

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_cl.arguments import check_choice, check_share
+from lightning_cl.arguments import check_choice, check_number
 from lightning_cl.taps import layer_named
 from lightning_cl.tasks import Task
 from lightning_cl.tasks.fisher import DiagonalFisher, FisherKind
@@ -65,7 +65,7 @@ class ElasticWeightConsolidation(Regulariser):
         task_classes_only: bool = True,
         head: str | None = None,
     ) -> None:
-        check_share("alpha", alpha)
+        check_number("alpha", alpha, 0, 1)
         check_choice("fisher", fisher, ("empirical", "true"))
         super().__init__(weight, task_classes_only, head)
         self.alpha = alpha

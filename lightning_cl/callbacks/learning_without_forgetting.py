@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_cl.arguments import check_positive
+from lightning_cl.arguments import check_number
 from lightning_cl.tasks import Task
 from lightning_cl.tasks.evaluation import evaluating
 from lightning_cl.tasks.other_weights import Weights, copy_weights, on_device
@@ -59,7 +59,7 @@ class LearningWithoutForgetting(Regulariser):
         task_classes_only: bool = True,
         head: str | None = None,
     ) -> None:
-        check_positive("temperature", temperature)
+        check_number("temperature", temperature, 0, above=True)
         super().__init__(weight, task_classes_only, head)
         self.temperature = temperature
         self.teacher: Weights | None = None

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_cl.arguments import check_choice, check_count, check_list
+from lightning_cl.arguments import check_choice, check_count, check_list, check_number
 from lightning_cl.hashing import mix
 from lightning_cl.metrics.poisoning import (
     AGGREGATES,
@@ -96,12 +96,13 @@ class PoisonDetector(ContinualCallback):
         check_choice("aggregate", aggregate, AGGREGATES)
         check_choice("action", action, ("rollback", "warn", "stop"))
         check_choice("calibration", calibration, ("repeats", "history"))
+        if calibration_runs is None:
+            raise TypeError("`calibration_runs` must be a whole number, got None.")
         check_count("calibration_runs", calibration_runs)
         check_count("samples", samples)
-        if threshold is not None and not 0 <= threshold < math.inf:
-            raise ValueError(f"`threshold` must be a finite number from 0, got {threshold}.")
-        if not 0 < margin < math.inf:
-            raise ValueError(f"`margin` must be a finite number above 0, got {margin}.")
+        if threshold is not None:
+            check_number("threshold", threshold, 0, 90 if statistic == "angle" else math.inf)
+        check_number("margin", margin, 0, above=True)
         _check_index("calibrate_task", calibrate_task)
         if detect_from is not None:
             _check_index("detect_from", detect_from)
@@ -110,7 +111,7 @@ class PoisonDetector(ContinualCallback):
                     f"`calibrate_task={calibrate_task}` must come before the first task that is judged, got"
                     f" `detect_from={detect_from}`. Calibrate earlier, or give a `threshold`."
                 )
-        self.layers = layers
+        self.layers = None if layers is None else list(layers)
         self.statistic: Statistic = statistic
         self.space = space
         self.threshold = threshold
@@ -162,9 +163,10 @@ class PoisonDetector(ContinualCallback):
             if index > last and (argument == "detect_from" or self.threshold is None):
                 raise MisconfigurationException(
                     f"`{argument}={index}` of PoisonDetector is outside the stream, whose tasks are 0 to {last}."
+                    " Calibrate earlier, or give a `threshold`."
                 )
         for task in clock.stream.tasks:
-            if clock.stream.samples_of(task.index) is None:
+            if self.space == "activation" and clock.stream.samples_of(task.index) is None:
                 raise MisconfigurationException(
                     f"PoisonDetector draws samples by index, and the data of task {task.index} ({task.name}) can only"
                     " be iterated."
@@ -180,6 +182,14 @@ class PoisonDetector(ContinualCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._log_dir = run_directory(trainer)
         self._layers.check(trainer, pl_module, self.stream)
+        task, progress = self.stream.current_task, self.clock.progress
+        under_way = progress.started and not progress.committed and self._watches(task)
+        if under_way and not (self._before and (self.clock.can_go_back or not self.wants_rollback)):
+            raise MisconfigurationException(
+                f"The checkpoint is from the middle of task {task.index} ({task.name}), which was begun without this"
+                " PoisonDetector: there is nothing to compare it with, or to go back to. Resume from a checkpoint of a"
+                f" task's end, or judge later tasks only (`detect_from`, `calibrate_task` from {task.index + 1} on)."
+            )
 
     @override
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
@@ -248,11 +258,11 @@ class PoisonDetector(ContinualCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._stream is not None:
             for name, own in self._settings().items():
-                if state_dict["settings"][name] != own:
+                saved = state_dict["settings"][name]
+                if saved != own and not (name == "threshold" and saved is not None and own is not None):
                     raise MisconfigurationException(
-                        f"The checkpoint is from a PoisonDetector with `{name}={state_dict['settings'][name]!r}`, this"
-                        f" one has `{name}={own!r}`: tasks would be judged by what cannot be compared. Resume with"
-                        " the same."
+                        f"The checkpoint is from a PoisonDetector with `{name}={saved!r}`, this one has"
+                        f" `{name}={own!r}`: tasks would be judged by what cannot be compared. Resume with the same."
                     )
         self.record, self._runs = copy.deepcopy(state_dict["record"]), list(state_dict["runs"])
         self._before = {name: tensor.clone() for name, tensor in state_dict["before"].items()}
@@ -282,13 +292,15 @@ class PoisonDetector(ContinualCallback):
 
     def _settings(self) -> dict[str, Any]:
         names = ("layers", "statistic", "space", "calibrate_task", "calibration_runs", "aggregate", "calibration")
-        return {name: getattr(self, name) for name in (*names, "margin", "relative", "samples")}
+        return {name: getattr(self, name) for name in (*names, "margin", "relative", "samples", "threshold")}
 
     def _watches(self, task: Task) -> bool:
         return task.index >= (self.detect_from if self.threshold is not None else self.calibrate_task)
 
     def _statistic_of(self, shifts: dict[str, float]) -> tuple[float, float]:
         values = torch.tensor(list(shifts.values()), dtype=torch.float64)
+        if not values.isfinite().all():  # an infinite slope would have an angle that looks like any other
+            return math.nan, math.nan
         if self.relative:
             if values[0] == 0:
                 raise MisconfigurationException(

@@ -60,7 +60,7 @@ def shift_figure(record: Sequence[Mapping[str, Any]], relative: bool = False) ->
     Returns:
         A figure that no window shows.
     """
-    layers = list(record[0]["shifts"])
+    layers = list(dict.fromkeys(layer for entry in record for layer in entry["shifts"]))  # a task may bring new ones
     places = np.arange(1, len(layers) + 1)
     figure = Figure(figsize=(max(5.6, 2.6 + 0.22 * len(layers)), 3.8), layout="constrained")
     ax = figure.subplots()
@@ -70,7 +70,7 @@ def shift_figure(record: Sequence[Mapping[str, Any]], relative: bool = False) ->
             shifts = shifts / shifts[0]
         verdict = entry["verdict"]
         ax.plot(
-            places[: len(shifts)],
+            [places[layers.index(layer)] for layer in entry["shifts"]],
             np.cumsum(shifts),
             color=_COLORS.get(verdict, "0.55"),
             linewidth=1.8 if verdict == "poisoned" else 1.0,

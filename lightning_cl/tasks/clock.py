@@ -44,7 +44,7 @@ class TaskClock(Callback):
         self._overrides = InstanceOverrides()
         self._replaced: list[tuple[TaskEarlyStopping, EarlyStopping]] = []
         self._copy: dict[str, Any] | None = None
-        self._layers: rollback.Layers | None = None
+        self._parts: rollback.Parts | None = None
         self._random_states: list[dict[str, Any]] | None = None
         self._repeat_as: int | None = None
         self._batch_listeners: list[ContinualCallback] = []
@@ -134,7 +134,7 @@ class TaskClock(Callback):
         if self._known_limits is not None:
             self._known_limits.restore()
             self._known_limits = None
-        self._copy = self._layers = None
+        self._copy = self._parts = None
         originals = {id(twin): original for twin, original in self._replaced}
         for twin, original in self._replaced:
             original.__dict__.update({k: v for k, v in twin.__dict__.items() if k in original.__dict__})
@@ -160,6 +160,11 @@ class TaskClock(Callback):
     def planned_epochs(self) -> int:
         """Epochs planned for the current task; -1 if only steps limit it."""
         return self.limits.epochs(self.progress.task)
+
+    @property
+    def can_go_back(self) -> bool:
+        """Whether there is a copy of the run from the current task's start."""
+        return self._copy is not None
 
     def cursor(self, trainer: Trainer) -> Cursor:
         """Return the position of the next batch, for the sampler."""
@@ -241,7 +246,7 @@ class TaskClock(Callback):
         if self.progress.started:
             return
         if self._copy is None and any(callback.wants_rollback for callback in continual_callbacks(trainer)):
-            self._copy, self._layers = rollback.take_copy(trainer, keep=self), rollback.Layers(pl_module)
+            self._copy, self._parts = rollback.take_copy(trainer, keep=self), rollback.Parts.of(trainer, pl_module)
         if self.progress.begun > 0 and self.stream.reset_optimizer:
             _renew_optimizers(trainer)
         for early_stopping in _early_stoppings(trainer):
@@ -288,7 +293,7 @@ class TaskClock(Callback):
                     f"Task {progress.task} was refused, but there is no copy to go back to: a callback that may return"
                     " False from `accept_task` must have `wants_rollback` return True."
                 )
-            rollback.go_back(trainer, pl_module, self._copy, keep=self, layers=self._layers)
+            rollback.go_back(trainer, pl_module, self._copy, keep=self, parts=self._parts)
             send(trainer, pl_module, "on_task_rejected", self.task)
             if self._repeat_as is None:
                 progress.rejected.append(progress.task)
@@ -298,7 +303,7 @@ class TaskClock(Callback):
             progress.begin_attempt(self._repeat_as)
         else:
             progress.committed = True
-            self._copy = self._layers = None
+            self._copy = self._parts = None
         upcoming = progress.task + progress.committed
         if upcoming < len(self.stream.tasks):
             self.limits.allow(upcoming, progress.first_epoch, progress.first_step)

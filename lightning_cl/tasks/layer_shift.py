@@ -9,8 +9,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_cl.taps import layers_matching, own_outputs
-from lightning_cl.tasks.evaluation import evaluating, find_call, sample_batches
-from lightning_cl.tasks.module_call import ModuleCall
+from lightning_cl.tasks.batches import describe
+from lightning_cl.tasks.evaluation import evaluating, sample_batches
+from lightning_cl.tasks.module_call import Call, ways_to_call
 from lightning_cl.tasks.probes import choose
 from lightning_cl.tasks.stream import ReplayStream
 from lightning_cl.tasks.task import Task
@@ -84,7 +85,7 @@ class LayerStates:
         self._patterns = patterns
         self._space = space
         self._samples = samples
-        self._call: ModuleCall | None = None
+        self._call: Call | None = None
 
     def forget(self) -> None:
         """Let go of the module."""
@@ -109,19 +110,53 @@ class LayerStates:
 
     def check(self, trainer: Trainer, pl_module: LightningModule, stream: ReplayStream) -> None:
         """Refuse, before training, layers that put out no tensor for a batch; to be called on all ranks."""
-        if self._space == "parameter":
-            return
-        self._call, _ = find_call(trainer, pl_module, stream)
-        task = stream.current_task
-        few = torch.arange(min(8, stream.samples_of(task.index) or 0))
         layers = self.find(pl_module)
-        reached = mean_outputs(trainer, pl_module, stream, task.index, few, self._call, layers)
+        if self._space == "parameter":
+            wanted = "have weights"
+            reached = {name for name, layer in layers.items() if any(True for _ in layer.parameters())}
+        else:
+            wanted = "put out a tensor for a batch"
+            task = stream.current_task
+            few = torch.arange(min(8, stream.samples_of(task.index) or 0))
+            self._call = self._find_call(trainer, pl_module, stream, few, layers)
+            reached = set(mean_outputs(trainer, pl_module, stream, task.index, few, self._call, layers))
         silent = [name for name in layers if name not in reached]
         if (silent and self._patterns is not None) or len(reached) < 2:
             raise MisconfigurationException(
-                f"`layers` must match two layers at least that put out a tensor for a batch. Of"
-                f" {', '.join(map(repr, layers))} these do not: {', '.join(map(repr, silent)) or 'none'}."
+                f"`layers` must match two layers at least that {wanted}. Of {', '.join(map(repr, layers))} these do"
+                f" not: {', '.join(map(repr, silent)) or 'none'}."
             )
+
+    def _find_call(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        stream: ReplayStream,
+        few: Tensor,
+        layers: Mapping[str, nn.Module],
+    ) -> Call:
+        """Return the way of calling the module that reaches the most layers; what it returns does not matter."""
+        found: Call | None = None
+        most, tried = -1, []
+        with evaluating(trainer, pl_module), own_outputs():
+            samples = sample_batches(trainer, pl_module, stream, stream.current_task.index, few, every_rank=True)
+            _, batch = next(samples)
+            for name, call in ways_to_call(pl_module, batch, stream.structure):
+                with OutputSums(layers) as sums:
+                    try:
+                        call(batch)
+                    except Exception as error:
+                        tried.append(f"{name}: {type(error).__name__}: {error}")
+                        continue
+                if len(sums.totals) > most:
+                    found, most = call, len(sums.totals)
+        if found is None:
+            raise MisconfigurationException(
+                f"Cannot find out how to call {type(pl_module).__name__} for a batch {describe(batch)}. Tried:"
+                f" {'; '.join(tried)}. Name the inputs with `inputs=...` on the task sequence, or compare weights with"
+                " `space='parameter'`."
+            )
+        return found
 
     def take(self, trainer: Trainer, pl_module: LightningModule, stream: ReplayStream, task: Task) -> dict[str, Tensor]:
         """Return the state of the layers, in the order of the module; the same on every rank."""
@@ -142,7 +177,7 @@ def mean_outputs(
     stream: ReplayStream,
     task: int,
     indices: Tensor,
-    call: Callable[[Any], Tensor],
+    call: Callable[[Any], Any],
     layers: Mapping[str, nn.Module],
 ) -> dict[str, Tensor]:
     """Return what layers put out on average over training samples of a task, as an evaluation sees them.

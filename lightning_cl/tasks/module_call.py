@@ -73,7 +73,7 @@ class ModuleCall:
         tried = []
         if differentiable and is_overridden("predict_step", pl_module):
             tried.append("predict_step: left out, since it need not give gradients; `forward` must return logits")
-        for name, call in _ways_to_call(pl_module, batch, structure, differentiable):
+        for name, call in ways_to_call(pl_module, batch, structure, differentiable):
             with LayerTap(dict(layers)) as tap:
                 try:
                     result = _scores(call(batch))
@@ -101,9 +101,10 @@ class ModuleCall:
         )
 
 
-def _ways_to_call(
-    pl_module: LightningModule, batch: Any, structure: BatchStructure, differentiable: bool
+def ways_to_call(
+    pl_module: LightningModule, batch: Any, structure: BatchStructure, differentiable: bool = False
 ) -> Iterator[tuple[str, Call]]:
+    """Yield the ways in which modules are called on a batch, the likeliest first, each with its name."""
     if structure.inputs is None:
         if is_overridden("predict_step", pl_module) and not differentiable:
             yield "predict_step(batch, batch_idx)", lambda b: pl_module.predict_step(b, 0)

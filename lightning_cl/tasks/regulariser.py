@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_cl.arguments import check_weight
+from lightning_cl.arguments import check_number
 from lightning_cl.heads import pool_positions
 from lightning_cl.taps import ClassMask, LogitTap, find_head, layer_named
 from lightning_cl.tasks import compat
@@ -43,7 +43,7 @@ class Regulariser(ContinualCallback):
     needs_gradients = False  # whether logits are asked for to differentiate them
 
     def __init__(self, weight: float, task_classes_only: bool = True, head: str | None = None) -> None:
-        check_weight("weight", weight)
+        check_number("weight", weight, 0)
         self.weight = weight
         self.task_classes_only = task_classes_only
         self.head = head

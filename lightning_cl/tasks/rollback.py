@@ -2,13 +2,14 @@
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_cl.tasks import compat
 from lightning_cl.tasks.random_state import collect_random_state, restore_random_state
@@ -47,13 +48,62 @@ class Layers:
     def __init__(self, module: nn.Module) -> None:
         kinds = ("_modules", "_parameters", "_buffers")
         self._parts = [(layer, kind, dict(vars(layer)[kind])) for layer in module.modules() for kind in kinds]
+        tensors = [*module.parameters(), *module.buffers()]
+        self._shapes = [(tensor, tensor.shape) for tensor in tensors if not is_lazy(tensor)]
 
     def put_back(self) -> None:
-        """Let the module consist of the same objects again, whatever their values are."""
+        """Let the module consist of the same objects again, in their old shapes, whatever their values are."""
         for layer, kind, parts in self._parts:
             own = vars(layer)[kind]
             own.clear()
             own.update(parts)
+        for tensor, shape in self._shapes:
+            if tensor.shape != shape:
+                tensor.data = tensor.data.new_empty(shape)
+
+
+class Optimizers:
+    """Remember which optimizers and schedulers a run has, and which parameters they move, to put them back.
+
+    ``configure_optimizers`` may build others for a later task, with other groups of parameters, which the state of the
+    old ones does not fit.
+
+    Args:
+        trainer: The Trainer.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._optimizers = list(trainer.optimizers)
+        self._schedulers = list(trainer.lr_scheduler_configs)
+        self._groups = [
+            [(group, list(group["params"])) for group in optimizer.param_groups] for optimizer in self._optimizers
+        ]
+
+    def put_back(self, trainer: Trainer) -> None:
+        """Let the run have the same objects again, whatever their state is."""
+        for optimizer, groups in zip(self._optimizers, self._groups, strict=True):
+            optimizer.param_groups[:] = [group for group, _ in groups]
+            for group, parameters in groups:
+                group["params"][:] = parameters
+        trainer.optimizers = list(self._optimizers)
+        trainer.strategy.lr_scheduler_configs = list(self._schedulers)
+
+
+class Parts(NamedTuple):
+    """The objects that a run consists of.
+
+    Args:
+        layers: Those of the module.
+        optimizers: Those that train it.
+    """
+
+    layers: Layers
+    optimizers: Optimizers
+
+    @classmethod
+    def of(cls, trainer: Trainer, pl_module: LightningModule) -> "Parts":
+        """Return those of a run as they are now."""
+        return cls(Layers(pl_module), Optimizers(trainer))
 
 
 def take_copy(trainer: Trainer, keep: Callback) -> dict[str, Any]:
@@ -70,7 +120,7 @@ def take_copy(trainer: Trainer, keep: Callback) -> dict[str, Any]:
 
 
 def go_back(
-    trainer: Trainer, pl_module: LightningModule, saved: Mapping[str, Any], keep: Callback, layers: Layers | None
+    trainer: Trainer, pl_module: LightningModule, saved: Mapping[str, Any], keep: Callback, parts: Parts | None
 ) -> None:
     """Put the run back to a copy; the copy stays usable.
 
@@ -79,10 +129,11 @@ def go_back(
         pl_module: The module.
         saved: The copy.
         keep: One more callback, whose state is not undone.
-        layers: What the module consisted of; ``None`` if it is not known, after a resume.
+        parts: What the run consisted of; ``None`` if it is not known, after a resume.
     """
-    if layers is not None:
-        layers.put_back()
+    if parts is not None:
+        parts.layers.put_back()
+        parts.optimizers.put_back(trainer)
     compat.load_run(trainer, pl_module, _cloned(saved["run"]), keep)
     restore_random_states(saved["random"], trainer.global_rank)
 

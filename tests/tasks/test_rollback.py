@@ -16,6 +16,7 @@ from lightning_cl.callbacks import ContinualMetrics
 from lightning_cl.datamodules import ClassIncremental, Digits
 from lightning_cl.tasks import ContinualCallback, Task, TaskClock
 from lightning_cl.tasks.random_state import collect_random_state
+from lightning_cl.tasks.rollback import Layers
 
 
 class Net(BoringModel):
@@ -117,10 +118,14 @@ def _same(left: Any, right: Any) -> bool:
 
 
 def _fit(
-    *callbacks: Any, reset_optimizer: bool = True, directory: Path | None = None, **fit: Any
+    *callbacks: Any,
+    reset_optimizer: bool = True,
+    directory: Path | None = None,
+    module: type[Net] = Net,
+    **fit: Any,
 ) -> tuple[Trainer, Net]:
     seed_everything(5, verbose=False)
-    net = Net()
+    net = module()
     trainer = Trainer(
         max_epochs=2,
         accelerator="cpu",
@@ -258,3 +263,130 @@ def test_state_of_any_plain_kind_is_undone() -> None:
     trainer, _ = _fit(remember, judge)
     assert 0 < max(remember.seen) < trainer.global_step
     assert remember.nested["steps"][1] == remember.seen | {1}
+
+
+# ------------------------------------------------------------------ what a module puts into itself while it learns
+
+
+def _replace(net: nn.Sequential) -> None:
+    net[0] = nn.Linear(2, 9)
+
+
+def _add(net: nn.Sequential) -> None:
+    net.append(nn.Linear(3, 3))
+
+
+def _remove(net: nn.Sequential) -> None:
+    del net[1]
+
+
+def _new_parameter(net: nn.Sequential) -> None:
+    net[0].weight = nn.Parameter(torch.zeros(9, 2))
+
+
+def _resize(net: nn.Sequential) -> None:
+    net[0].weight.data = torch.zeros(9, 2)
+
+
+def _buffer(net: nn.Sequential) -> None:
+    net[1].running_mean = None
+    net[0].register_buffer("seen", torch.zeros(4))
+
+
+@pytest.mark.parametrize("change", [_replace, _add, _remove, _new_parameter, _resize, _buffer])
+def test_a_module_consists_of_the_same_layers_again(change: Any) -> None:
+    net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    parameters = list(net.parameters())
+    layers = Layers(net)
+    change(net)
+    layers.put_back()
+    net.load_state_dict(state)
+    assert all(own is old for own, old in zip(net.parameters(), parameters, strict=True))
+    assert list(net.state_dict()) == list(state)
+
+
+class Growing(Net):
+    """Gets a wider head at each task's start, and an optimizer that moves it."""
+
+    def on_task_start(self, task: Task) -> None:
+        old = self.layer[5]
+        self.layer[5] = nn.Linear(32, 10 + task.index)
+        with torch.no_grad():
+            self.layer[5].weight[: old.out_features] = old.weight
+        self.trainer.strategy.setup_optimizers(self.trainer)
+
+
+class InPlace(Net):
+    """Grows the head's own parameters, and adds a layer to the optimizer that there is."""
+
+    def on_task_start(self, task: Task) -> None:
+        if task.index == 0:
+            return
+        head = self.layer[5]
+        head.weight.data = torch.cat([head.weight.data, torch.zeros(1, 32)])
+        head.bias.data = torch.cat([head.bias.data, torch.zeros(1)])
+        added = nn.Linear(2, 2)
+        self.add_module(f"added_{task.index}", added)
+        self.trainer.optimizers[0].add_param_group({"params": list(added.parameters())})
+        for group in self.trainer.optimizers[0].param_groups:  # whose buffers have the old shape
+            for parameter in group["params"]:
+                self.trainer.optimizers[0].state.pop(parameter, None)
+
+
+@pytest.mark.parametrize("reset_optimizer", [True, False])
+@pytest.mark.parametrize("module", [Growing, InPlace])
+def test_a_refused_task_leaves_no_trace_of_layers_that_grew(module: type[Net], reset_optimizer: bool) -> None:
+    judge = Judge(task=1)
+    _, net = _fit(judge, reset_optimizer=reset_optimizer, module=module)
+    assert _same(judge.at_start["module"].keys() - judge.after_undo["module"].keys(), set())
+    assert judge.after_undo["module"]["layer.5.weight"].shape[0] == 10
+    assert net.layer[5].weight.shape[0] == (12 if module is Growing else 11)
+
+
+class Trained(ContinualCallback):
+    """Notes whether the last task's optimizer moves what the module consists of."""
+
+    moves: list[bool]
+
+    def __init__(self) -> None:
+        self.moves = []
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        moved = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+        self.moves.append(moved >= {id(parameter) for parameter in pl_module.parameters()})
+
+
+@pytest.mark.parametrize("reset_optimizer", [True, False])
+def test_after_a_refused_task_the_optimizer_moves_the_layers_that_there_are(reset_optimizer: bool) -> None:
+    class GrowsOnce(Growing):
+        def on_task_start(self, task: Task) -> None:
+            if task.index == 1:
+                super().on_task_start(task)
+
+    trained = Trained()
+    _fit(Judge(task=1), trained, reset_optimizer=reset_optimizer, module=GrowsOnce)
+    assert all(trained.moves)
+
+
+class OtherGroups(Net):
+    """Has another optimizer for each task, with other groups of parameters."""
+
+    def configure_optimizers(self) -> Any:
+        if self.trainer.datamodule.current_task.index == 0:  # type: ignore[attr-defined]
+            return super().configure_optimizers()
+        slow, fast = self.layer[1].parameters(), self.layer[5].parameters()
+        return torch.optim.Adam([{"params": slow, "lr": 1e-4}, {"params": fast, "lr": 1e-3}])
+
+
+def test_a_task_with_an_optimizer_of_its_own_can_be_undone() -> None:
+    judge = Judge(task=1)
+    _fit(judge, module=OtherGroups)
+    assert _same(judge.at_start["module"], judge.after_undo["module"])
+
+
+def test_a_task_with_an_optimizer_of_its_own_can_be_repeated() -> None:
+    _, plain = _fit(Judge(task=1, repeats=[]), module=OtherGroups)
+    _, repeated = _fit(Judge(task=1, repeats=[1, 0]), module=OtherGroups)
+    assert _same(plain.state_dict(), repeated.state_dict())
