@@ -169,7 +169,7 @@ class PoisonDetector(ContinualCallback):
             if self.space == "activation" and clock.stream.samples_of(task.index) is None:
                 raise MisconfigurationException(
                     f"PoisonDetector draws samples by index, and the data of task {task.index} ({task.name}) can only"
-                    " be iterated."
+                    " be iterated. Compare weights with `space='parameter'`."
                 )
         self._stream, self._clock = clock.stream, clock
         self.record, self._runs, self._before, self._outlives_undoing = [], [], {}, None
