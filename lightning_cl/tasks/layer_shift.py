@@ -150,6 +150,8 @@ class LayerStates:
                         continue
                 if len(sums.totals) > most:
                     found, most = call, len(sums.totals)
+                if most == len(layers):
+                    break
         if found is None:
             raise MisconfigurationException(
                 f"Cannot find out how to call {type(pl_module).__name__} for a batch {describe(batch)}. Tried:"

@@ -1,7 +1,7 @@
 """A task as a transaction: a copy of the run from the task's start, and the way back to it."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,7 +47,9 @@ class Layers:
 
     def __init__(self, module: nn.Module) -> None:
         kinds = ("_modules", "_parameters", "_buffers")
-        self._parts = [(layer, kind, dict(vars(layer)[kind])) for layer in module.modules() for kind in kinds]
+        # a scripted layer can only be replaced as a whole
+        layers = [layer for layer in module.modules() if not isinstance(layer, torch.jit.ScriptModule)]
+        self._parts = [(layer, kind, dict(vars(layer)[kind])) for layer in layers for kind in kinds]
         tensors = [*module.parameters(), *module.buffers()]
         self._shapes = [(tensor, tensor.shape) for tensor in tensors if not is_lazy(tensor)]
 
@@ -134,7 +136,10 @@ def go_back(
     if parts is not None:
         parts.layers.put_back()
         parts.optimizers.put_back(trainer)
-    compat.load_run(trainer, pl_module, _cloned(saved["run"]), keep)
+    run = _cloned(saved["run"])
+    if parts is None and not _fits(run["optimizer_states"], trainer):
+        run["optimizer_states"], run["lr_schedulers"] = [], []  # the next task gets new optimizers anyway
+    compat.load_run(trainer, pl_module, run, keep)
     restore_random_states(saved["random"], trainer.global_rank)
 
 
@@ -154,6 +159,11 @@ def gather_random_states(state: dict[str, Any]) -> list[dict[str, Any]]:
 def restore_random_states(states: list[dict[str, Any]], rank: int) -> None:
     """Put back this rank's random state; a rank that was not there before takes the first one's."""
     restore_random_state(states[rank if rank < len(states) else 0])
+
+
+def _fits(states: Sequence[Mapping[str, Any]], trainer: Trainer) -> bool:
+    own = [[len(group["params"]) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
+    return own == [[len(group["params"]) for group in state["param_groups"]] for state in states]
 
 
 def _cloned(value: Any) -> Any:

@@ -2,8 +2,10 @@
 
 import copy
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
+from io import StringIO
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
@@ -146,7 +148,8 @@ def _run(ranks: int, run: Run) -> dict[str, Any]:
     )
     net = run.net("cosine")
     data = DigitsOfSize(run.per_class, batch_size=GLOBAL_BATCH // ranks)
-    trainer.fit(net, datamodule=ClassIncremental(data, num_tasks=5, epochs_per_task=1))
+    with redirect_stdout(StringIO()) as console:
+        trainer.fit(net, datamodule=ClassIncremental(data, num_tasks=5, epochs_per_task=1))
     return {
         "record": detector.record,
         "threshold": detector.current_threshold,
@@ -156,5 +159,6 @@ def _run(ranks: int, run: Run) -> dict[str, Any]:
         "weights": {name: value.clone() for name, value in net.state_dict().items()},
         "refused": getattr(net, "refused", []),
         "hooks": sum(len(layer._forward_hooks) for layer in net.modules()),
+        "said": [line for line in console.getvalue().splitlines() if line.startswith("PoisonDetector")],
         "epochs": trainer.current_epoch,
     }

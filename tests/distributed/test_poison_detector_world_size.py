@@ -85,6 +85,12 @@ def test_nothing_is_left_on_any_rank(ranks: int) -> None:
     assert [end["hooks"] for run in RUNS for end in _ends(run, ranks)] == [0] * ranks * len(RUNS)
 
 
+def test_one_rank_speaks_for_all() -> None:
+    first, second = _ends(CALIBRATED, 2)
+    assert len(first["said"]) == 2
+    assert second["said"] == []
+
+
 # ------------------------------------------------------------------ killed and resumed
 
 # Of one epoch each, the tasks have 22 steps (30 and more with a joined memory), and the second is trained three times.
