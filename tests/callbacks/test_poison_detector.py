@@ -10,7 +10,7 @@ from nearest_means import NoisyNet, RestlessNet
 from numbered_streams import same, same_weights
 from poison_streams import Moves, Networks, Widens, fit_watched, images_of, moving, shifts_by_hand, watching
 
-from lightning_cl.callbacks import PoisonDetector
+from lightning_cl.callbacks import NearestMeanClassifier, PoisonDetector
 from lightning_cl.tasks import ContinualCallback, TaskClock
 from lightning_cl.tasks.probes import choose
 from tests.modules import Plain
@@ -80,6 +80,15 @@ def test_a_head_that_grew_shrinks_again_with_the_task():
     _, module = fit_watched(detector, Widens)
     assert [entry["verdict"] for entry in detector.record] == ["poisoned"] * 2
     assert module.net[4].out_features == 2
+
+
+def test_a_layer_that_a_head_answers_for_is_measured_itself():
+    records = []
+    for others in ([], [NearestMeanClassifier(prototypes="all")]):
+        detector = watching()
+        fit_watched(detector, others=others)
+        records.append([entry["shifts"] for entry in detector.record])
+    assert records[0] == records[1]
 
 
 @pytest.mark.parametrize("module", [NoisyNet, RestlessNet])
