@@ -8,6 +8,7 @@ from lightning_cl.callbacks.learning_without_forgetting import LearningWithoutFo
 from lightning_cl.callbacks.nearest_mean_classifier import NearestMeanClassifier
 from lightning_cl.callbacks.poison_detector import PoisonDetector
 from lightning_cl.callbacks.replay import Replay
+from lightning_cl.callbacks.sample_screen import SampleScreen
 from lightning_cl.callbacks.stability_gap_tracker import StabilityGapTracker
 from lightning_cl.callbacks.task_progress_bar import TaskProgressBar
 from lightning_cl.tasks.early_stopping import TaskEarlyStopping
@@ -21,6 +22,7 @@ __all__ = [
     "NearestMeanClassifier",
     "PoisonDetector",
     "Replay",
+    "SampleScreen",
     "StabilityGapTracker",
     "TaskEarlyStopping",
     "TaskProgressBar",
