@@ -52,7 +52,8 @@ class SampleScreen(ContinualCallback):
     channel of the layers. `layers` and `samples` bound it.
 
     Args:
-        layers: Shell patterns of the layers to compare; all layers with weights if ``None``.
+        layers: Shell patterns of the layers to compare; all layers with weights but
+            the classification layer if ``None``.
         tasks: Indices of the tasks to screen; all but the first if ``None``, before which no network is trained.
         samples: Training samples of each task to screen, drawn once; all if ``None``.
         top: How many samples the picture shows.
@@ -139,7 +140,8 @@ class SampleScreen(ContinualCallback):
         if self._screens(task):
             drawn = self._drawn(task)
             _, outputs = self._outputs.take(trainer, pl_module, self.stream, task.index, drawn)
-            self._before = {name: _halved(rows) for name, rows in outputs.items()}
+            kept = self._outputs.drop_head(pl_module, self.stream, outputs)
+            self._before = {name: _halved(rows) for name, rows in kept.items()}
 
     @override
     def accept_task(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> bool:
@@ -254,7 +256,7 @@ class SampleScreen(ContinualCallback):
         samples = [ScreenedSample(*row) for row in rows]
         suspects, rest = samples[: self.top], samples[self.top :]
         usual = rest[-_USUAL:][::-1]
-        shown = torch.tensor([sample.index for sample in (*suspects, *usual)])
+        shown = torch.tensor([sample.position for sample in (*suspects, *usual)])
         images = self._images(trainer, pl_module, task, shown)
         if not trainer.is_global_zero:
             return

@@ -11,10 +11,11 @@ _NORMAL = 1.4826  # what a median absolute deviation is multiplied by to be the 
 def sample_scores(before: Mapping[str, Tensor], after: Mapping[str, Tensor], labels: Tensor) -> Tensor:
     r"""Compute how far each sample moved, compared with others of its class.
 
-    In a layer a sample moves by :math:`\lVert a - b \rVert / \lVert b \rVert`, from its outputs :math:`b` before to
-    those after. Relative to the outputs, since a sample that a corruption made fainter moves little and yet far for
-    what it is. Each layer's shifts are standardised within the class by median and median absolute deviation, which a
-    minority of poisoned samples hardly changes, and added up over the layers.
+    In a layer a sample moves by :math:`\log (\lVert a - b \rVert / \lVert b \rVert)`, from its outputs :math:`b` before
+    to those after: relative to the outputs, since a sample that a corruption made fainter moves little and yet far for
+    what it is, and as a logarithm, or one layer of many could decide. Each layer's shifts are standardised within the
+    class by median and median absolute deviation, which a minority of poisoned samples hardly changes, and added up
+    over the layers.
 
     Of a layer that has grown in between, such as a head with new classes, what it had before is compared.
 
@@ -46,22 +47,24 @@ def sample_scores(before: Mapping[str, Tensor], after: Mapping[str, Tensor], lab
                 " cannot be told. Name the layers to compare with `layers=[...]`."
             )
         first, second = old.double(), new[:, : old.shape[1]].double()
-        lengths = first.norm(dim=1)
-        # a sample whose outputs are all but zero would be infinitely far
-        shifts = (second - first).norm(dim=1) / lengths.clamp(min=float(lengths.median()) * 1e-3 + 1e-12)
-        scores += _standardised(shifts, labels)
+        scores += _standardised(_logarithm((second - first).norm(dim=1)) - _logarithm(first.norm(dim=1)), labels)
     return scores.float()
+
+
+def _logarithm(lengths: Tensor) -> Tensor:
+    # a sample that puts out nothing, or does not move, is no further from the others than a thousandth is
+    return (lengths + 1e-3 * lengths.median() + 1e-12).log()
 
 
 def _standardised(values: Tensor, labels: Tensor) -> Tensor:
     """Subtract the median of each class, and divide by its deviation."""
     result = torch.zeros_like(values)
-    for label in labels.unique():
+    for label in set(labels.tolist()):
         rows = labels == label
         centred = values[rows] - values[rows].median()
         deviation = _NORMAL * centred.abs().median()
-        # where all moved alike there is nothing to tell them by but rounding
-        result[rows] = centred / (deviation + 1e-3 * values[rows].median() + 1e-12)
+        # of logarithms: where all moved alike to a thousandth there is nothing to tell them by but rounding
+        result[rows] = centred / (deviation + 1e-3)
     return result
 
 

@@ -22,13 +22,13 @@ class ScreenedSample(NamedTuple):
     """A sample as a screen saw it.
 
     Args:
-        index: Its position in the data of the task.
+        position: Its index in the data of the task.
         label: Its class.
         score: How far it moved, compared with others of its class.
         poisoned: Whether it is poisoned; ``None`` if nobody knows.
     """
 
-    index: int
+    position: int
     label: int
     score: float
     poisoned: bool | None
@@ -49,7 +49,7 @@ def write_ranking(path: Path, samples: Sequence[ScreenedSample]) -> Path:
     writer.writerow(["rank", "index", "label", "score", "poisoned"])
     for rank, sample in enumerate(samples, 1):
         known = "" if sample.poisoned is None else int(sample.poisoned)
-        writer.writerow([rank, sample.index, sample.label, f"{sample.score:.6g}", known])
+        writer.writerow([rank, sample.position, sample.label, f"{sample.score:.6g}", known])
     return write_atomically(path, text.getvalue().encode())
 
 
@@ -101,7 +101,7 @@ def suspects_figure(
             ax.set_yticks([])
             ax.spines[:].set_color("tab:red" if sample.poisoned else "0.7")
             ax.spines[:].set_linewidth(2.0 if sample.poisoned else 0.5)
-            text = f"{sample.index} · class {sample.label}\n{sample.score:.3g}"
+            text = f"{sample.position} · class {sample.label}\n{sample.score:.3g}"
             ax.set_title(text, fontsize=6, pad=2, color="tab:red" if sample.poisoned else "black")
             if place == 0 and row:
                 ax.set_ylabel("least\nsuspicious", fontsize=7)

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_cl.taps import layers_matching
+from lightning_cl.taps import find_head, layers_matching
 from lightning_cl.tasks.batches import as_labels
 from lightning_cl.tasks.evaluation import evaluate_samples, find_call
 from lightning_cl.tasks.module_call import ModuleCall
@@ -117,6 +117,21 @@ class SampleOutputs:
             )
         return layers
 
+    def drop_head(
+        self, pl_module: LightningModule, stream: ReplayStream, outputs: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return outputs without those of the classification layer, where layers are not named and it can be told.
+
+        It learns new classes from all samples, poisoned or not, and drowns what the others say of them.
+        """
+        if self._patterns is not None or len(outputs) < 2:
+            return outputs
+        try:
+            head = find_head(pl_module, stream.num_classes, None)
+        except ValueError:
+            return outputs
+        return {name: rows for name, rows in outputs.items() if name != head}
+
     def check(self, trainer: Trainer, pl_module: LightningModule, stream: ReplayStream) -> None:
         """Refuse, before training, layers that put out nothing for a batch; to be called on all ranks."""
         self._call, _ = find_call(trainer, pl_module, stream)
@@ -159,5 +174,8 @@ class SampleOutputs:
                 return torch.cat(columns, dim=1)
 
             rows = evaluate_samples(trainer, pl_module, stream, task, indices, rows_of)
-        labels, *parts = rows.split([1, *widths.values()], dim=1)
-        return labels[:, 0].long(), {name: part.contiguous() for name, part in zip(widths, parts, strict=True)}
+        parts, first = {}, 1
+        for name, width in widths.items():
+            parts[name] = rows[:, first : first + width].contiguous()
+            first += width
+        return rows[:, 0].long(), parts
