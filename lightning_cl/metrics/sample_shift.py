@@ -53,7 +53,7 @@ def sample_scores(before: Mapping[str, Tensor], after: Mapping[str, Tensor], lab
 
 def _logarithm(lengths: Tensor) -> Tensor:
     # a sample that puts out nothing, or does not move, is no further from the others than a thousandth is
-    return (lengths + 1e-3 * lengths.median() + 1e-12).log()
+    return (lengths + 1e-3 * lengths.quantile(0.5) + 1e-12).log()
 
 
 def _standardised(values: Tensor, labels: Tensor) -> Tensor:
@@ -61,8 +61,8 @@ def _standardised(values: Tensor, labels: Tensor) -> Tensor:
     result = torch.zeros_like(values)
     for label in set(labels.tolist()):
         rows = labels == label
-        centred = values[rows] - values[rows].median()
-        deviation = _NORMAL * centred.abs().median()
+        centred = values[rows] - values[rows].quantile(0.5)
+        deviation = _NORMAL * centred.abs().quantile(0.5)
         # of logarithms: where all moved alike to a thousandth there is nothing to tell them by but rounding
         result[rows] = centred / (deviation + 1e-3)
     return result
