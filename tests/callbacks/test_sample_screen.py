@@ -89,7 +89,9 @@ def test_samples_are_ranked_by_how_far_they_moved_in_the_layers(layers, numbers)
         assert sorted(ranking.indices.tolist()) == list(range(48))
         assert (ranking.scores.diff() <= 0).all()
         expected = torch.from_numpy(_scores_by_hand(nets, task, numbers)).float()
-        torch.testing.assert_close(_by_sample(ranking), expected, atol=0.25, rtol=0.05)  # outputs are kept in half precision
+        torch.testing.assert_close(
+            _by_sample(ranking), expected, atol=0.25, rtol=0.05
+        )  # outputs are kept in half precision
 
 
 def test_all_tasks_but_the_first_are_screened():
