@@ -39,6 +39,7 @@ LONG = {  # large networks, or many tasks
     "nmc_split_cifar100",
     "split_cifar100",
     "split_cifar100_b50",
+    "stp_bait_split_cifar100",
 }
 QUICK = ["--trainer.fast_dev_run=1", "--trainer.accelerator=cpu"]
 
@@ -55,7 +56,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _write_arrays(directory: Path, num_classes: int, input_shape: list[int]) -> str:
-    """Write a small set of a config's classes and shape, and give the option that puts it in the place of its data."""
+    """Write a small set of a config's classes and shape, and give the DataModule that takes the place of its own."""
     rng = np.random.default_rng(0)
     files = {}
     for part, per_class in (("train", 4), ("test", 1)):
@@ -64,7 +65,28 @@ def _write_arrays(directory: Path, num_classes: int, input_shape: list[int]) -> 
         files[part] = str(directory / f"{part}.npz")
         np.savez(files[part], images=images, labels=labels)
     base = {"class_path": "ArrayData", "init_args": {**files, "layout": "nchw", "val_fraction": 0.25, "num_workers": 0}}
-    return f"--data.init_args.base={json.dumps(base)}"
+    return json.dumps(base)
+
+
+def _base_of(path: Path) -> str:
+    """Return the option that leads to a config's data."""
+    poisoned = "sequence" in _config(path)["data"]["init_args"]
+    return "--data.init_args.sequence.init_args.base" if poisoned else "--data.init_args.base"
+
+
+def _trainings(path: Path) -> int:
+    """Return how often a task of a config is trained, a calibration's repeats with it."""
+    callbacks = {
+        callback["class_path"]: callback.get("init_args", {}) for callback in _config(path)["trainer"]["callbacks"]
+    }
+    runs = callbacks["PoisonDetector"].get("calibration_runs", 5) if "PoisonDetector" in callbacks else 0
+    return _tasks(path) + runs
+
+
+def _tasks(path: Path) -> int:
+    tasks = {"joint": 1, "split_cifar100_b50": 6, "stp_bait_split_cifar100": 6, **dict.fromkeys(TEN_TASKS, 10)}
+    tasks |= {"stp_split_digits": 4, "stp_split_fashion_mnist": 4}
+    return tasks.get(path.stem, tasks.get(path.stem.partition("_")[0], 5))
 
 
 def _some(wanted: Callable[[str], bool]) -> list[Any]:
@@ -103,8 +125,8 @@ def test_config_writes_into_a_directory_of_its_own_name(path: Path) -> None:
 @pytest.mark.parametrize("path", [p for p in EXPERIMENTS if "digits" in p.stem], ids=lambda path: path.stem)
 def test_digits_config_runs_as_it_is(path: Path) -> None:
     cli = main(["fit", "--config", str(path), *QUICK])
-    assert cli.datamodule.num_tasks == (1 if path.stem.startswith("joint") else 5)
-    assert cli.trainer.global_step == cli.datamodule.num_tasks
+    assert cli.datamodule.num_tasks == _tasks(path)
+    assert cli.trainer.global_step == _trainings(path)
 
 
 @pytest.mark.parametrize("path", _some(lambda name: "digits" not in name))
@@ -112,21 +134,19 @@ def test_config_runs_on_arrays_of_its_shape(path: Path, tmp_path: Path) -> None:
     model = _config(path)["model"]["init_args"]
     arrays = _write_arrays(tmp_path, model["num_classes"], model.get("input_shape", [3, 32, 32]))
     untrained = ["--model.init_args.weights=null"] if "weights" in model else []
-    cli = main(["fit", "--config", str(path), arrays, *untrained, *QUICK])
-    tasks = {"joint": 1, "split_cifar100_b50": 6, **dict.fromkeys(TEN_TASKS, 10)}
-    expected = tasks.get(path.stem, tasks.get(path.stem.partition("_")[0], 5))
-    assert cli.datamodule.num_tasks == expected
-    assert cli.trainer.global_step == expected
+    cli = main(["fit", "--config", str(path), f"{_base_of(path)}={arrays}", *untrained, *QUICK])
+    assert cli.datamodule.num_tasks == _tasks(path)
+    assert cli.trainer.global_step == _trainings(path)
 
 
 @pytest.mark.data
 @pytest.mark.parametrize("path", _some(lambda name: "fashion" in name))
 def test_fashion_mnist_config_runs_on_the_real_images(path: Path) -> None:
     _need(DATA / "FashionMNIST")
-    base = "--data.init_args.base.init_args"
+    base = f"{_base_of(path)}.init_args"
     cli = main(["fit", "--config", str(path), f"{base}.root={DATA}", f"{base}.download=false", *QUICK])
     assert cli.datamodule.num_classes == 10
-    assert cli.trainer.global_step == cli.datamodule.num_tasks
+    assert cli.trainer.global_step == _trainings(path)
 
 
 @pytest.mark.data
@@ -138,9 +158,9 @@ def test_cifar100_config_runs_on_the_real_images(path: Path) -> None:
     small = {"batch_size": 32, "eval_batch_size": 32}
     files = {"train": train, "test": str(DATA / "cifar100" / "test.npz")}
     base = {"class_path": "ArrayData", "init_args": {**files, **small}}
-    cli = main(["fit", "--config", str(path), f"--data.init_args.base={json.dumps(base)}", *QUICK])
+    cli = main(["fit", "--config", str(path), f"{_base_of(path)}={json.dumps(base)}", *QUICK])
     assert cli.datamodule.num_classes == 100
-    assert cli.trainer.global_step == cli.datamodule.num_tasks
+    assert cli.trainer.global_step == _trainings(path)
 
 
 def test_config_without_its_data_says_where_it_looked(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
