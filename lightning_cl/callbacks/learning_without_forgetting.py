@@ -1,5 +1,6 @@
 """Learning without Forgetting: the network goes on saying of new samples what it said of them before."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,6 +64,7 @@ class LearningWithoutForgetting(Regulariser):
         super().__init__(weight, task_classes_only, head)
         self.temperature = temperature
         self.teacher: Weights | None = None
+        self._wanted: Tensor | None = None  # the teacher's logits of the batch in training
 
     @override
     def reset(self) -> None:
@@ -70,14 +72,34 @@ class LearningWithoutForgetting(Regulariser):
         self.teacher = None
 
     @override
+    def around_training_step(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        step: Callable[[Any], Any],
+    ) -> Any:
+        self._wanted = None
+        if self.teacher is not None and self.knows_tasks:
+            self.teacher = on_device(self.teacher, pl_module.device)
+            # before the step, whose activations would stand in memory beside the teacher's
+            self._wanted = self.logits_with(pl_module, self.teacher, batch)
+        return super().around_training_step(trainer, pl_module, batch, batch_idx, step)
+
+    @override
+    def on_batch_trained(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
+        super().on_batch_trained(trainer, pl_module, batch_idx)
+        self._wanted = None
+
+    @override
     def training_loss(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, outputs: Any
     ) -> Tensor | None:
-        if self.teacher is None or not self.knows_tasks:
+        if self._wanted is None:
             return None
-        self.teacher = on_device(self.teacher, pl_module.device)
-        wanted, logits = self.distilled_logits(pl_module, self.teacher, batch)
-        wanted, own = (F.log_softmax(part / self.temperature, dim=1) for part in (wanted, logits))
+        pairs = self.past_logits(self._wanted)
+        wanted, own = (F.log_softmax(part / self.temperature, dim=1) for part in pairs)
         return self.weight * F.kl_div(own, wanted, reduction="batchmean", log_target=True)
 
     @override
@@ -90,6 +112,7 @@ class LearningWithoutForgetting(Regulariser):
     @override
     def forget(self) -> None:
         super().forget()
+        self._wanted = None
         if self.teacher is not None:
             self.teacher = on_device(self.teacher, torch.device("cpu"))
 

@@ -217,24 +217,19 @@ class Regulariser(ContinualCallback):
         with held_in_eval_mode(pl_module):
             return self.call.with_weights(weights, batch)
 
-    def distilled_logits(
-        self, pl_module: LightningModule, teacher: dict[str, Tensor], batch: Any
-    ) -> tuple[Tensor, Tensor]:
+    def past_logits(self, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Return what teacher and student say of the training batch about past classes, ``(batch, past classes)``.
 
         The student's are those of the module's own step. Where the layer has grown since, the teacher knows fewer
         classes, and these are compared.
 
         Args:
-            pl_module: The module.
-            teacher: Its weights, on the module's device.
-            batch: The batch, as ``training_step`` got it.
+            wanted: The teacher's logits of the batch, ``(batch, outputs)``.
 
         Raises:
             ValueError: If the step put another number of rows through the layer than the batch has.
         """
         student = self.student_logits()
-        wanted = self.logits_with(pl_module, teacher, batch)
         if len(wanted) != len(student):
             raise ValueError(
                 f"`training_step` put {len(student)} rows through `head={self.layer!r}` at last, and the batch has"

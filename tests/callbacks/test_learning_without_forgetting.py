@@ -80,7 +80,7 @@ def test_the_teacher_answers_in_eval_mode_and_leaves_the_module_as_it_was():
     plain = Plain(dropout=0.5, batch_norm=True)
     fit_stream([], lambda: plain, DigitsData())
     assert module.net[1].num_batches_tracked == plain.net[1].num_batches_tracked == 9
-    assert module.modes[-12:] == [True, False] * 6  # a student, a teacher, and nobody else
+    assert module.modes[-12:] == [False, True] * 6  # a teacher, a student, and nobody else
     assert all(layer.training for layer in module.modules())
 
 
