@@ -206,7 +206,6 @@ def test_a_detector_is_a_callback_of_a_config(capsys):
     ("arguments", "message"),
     [
         ({"layers": "[nothing.*]"}, "`layers` has 'nothing.*', which matches no layer of ImageClassifier"),
-        ({"calibrate_task": 4}, "`detect_from=5` of PoisonDetector is outside the stream"),
         ({"threshold": 100}, "`threshold` must be from 0 to 90, got 100"),
     ],
     ids=str,
@@ -218,12 +217,10 @@ def test_a_wrong_detector_is_one_message(arguments, message, capsys):
 
 
 @pytest.mark.usefixtures("_elsewhere")
-@pytest.mark.parametrize("option", ["statistic=degrees", "action=skip", "aggregate=mean", "calibration=once"])
-def test_a_choice_that_there_is_not_is_answered_by_the_parser(option, capsys):
-    name, _, value = option.partition("=")
-    error = error_of(capsys, *FIT, *options_for("PoisonDetector"), f"--trainer.callbacks.{option}")
-    assert name in error
-    assert value in error
+def test_a_choice_that_there_is_not_is_answered_by_the_parser(capsys):
+    error = error_of(capsys, *FIT, *options_for("PoisonDetector", aggregate="mean"))
+    assert "aggregate" in error
+    assert "mean" in error
 
 
 def test_a_sequence_may_be_given_tuples_of_layers():
