@@ -1,0 +1,271 @@
+"""Measure what one poisoned task does to the others, what the detector gives back, and what it costs.
+
+    python benchmarks/poison.py damage recovery
+    python benchmarks/poison.py cost
+
+Single-task poisoning (arXiv 2507.04106) of task 3 of the stream of `poison_streams.py`. Accuracy on the test set over
+all 40 classes, of the network as the stream leaves it; mean and standard deviation over the seeds, differences to the
+clean run of the same seed. ``cost`` times training and the detector in one run, one thread.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from torch import nn
+
+from benchmarks.poison_streams import (
+    CLASSES,
+    CLASSES_PER_TASK,
+    EPOCHS,
+    MEAN,
+    STD,
+    Classifier,
+    ConvNet,
+    part_of_cifar,
+    spread,
+    write_part,
+)
+from benchmarks.quiet import quiet_trainer, silence
+from lightning_cl.callbacks import LearningWithoutForgetting, PoisonDetector, Replay
+from lightning_cl.datamodules import ClassIncremental, Joint, PoisonedTask
+from lightning_cl.models import build_backbone
+from lightning_cl.tasks import ContinualCallback, Task, rollback
+
+TASK = 3
+CORRUPTIONS = ("gaussian_blur", "contrast")
+LEARNERS = ("LwF", "2000 exemplars", "joint")
+
+
+class Outcome(NamedTuple):
+    """What a stream left behind.
+
+    Args:
+        before: Mean accuracy on the tasks before the poisoned one.
+        poisoned: Accuracy on that task.
+        after: Mean accuracy on the tasks after it.
+        flagged: The tasks that the detector undid.
+    """
+
+    before: float
+    poisoned: float
+    after: float
+    flagged: tuple[int, ...] = ()
+
+    @property
+    def others(self) -> float:
+        """Mean accuracy on all tasks but the poisoned one."""
+        return (TASK * self.before + (len(CLASSES_PER_TASK) - TASK - 1) * self.after) / (len(CLASSES_PER_TASK) - 1)
+
+
+class Run(NamedTuple):
+    """One training of the stream.
+
+    Args:
+        learner: "LwF", "2000 exemplars" (fine-tuning with replay) or "joint" (all classes at once).
+        attack: "clean", "base" or "bait".
+        corruption: Of the images.
+        detector: Whether a `PoisonDetector` watches, with its own settings.
+    """
+
+    learner: str = "LwF"
+    attack: str = "clean"
+    corruption: str = "gaussian_blur"
+    detector: bool = False
+
+    def outcome(self, folder: Path, seed: int) -> Outcome:
+        """Train, and measure."""
+        seed_everything(seed, verbose=False)
+        stream: Any = self._stream(folder, seed)
+        detector = PoisonDetector()
+        callbacks: list[Any] = [detector] if self.detector else []
+        if self.learner != "joint":
+            lwf = LearningWithoutForgetting(weight=10)
+            callbacks.append(lwf if self.learner == "LwF" else Replay(size=2000, seed=seed))
+        module = ConvNet()
+        quiet_trainer(callbacks=callbacks, max_epochs=1, num_sanity_val_steps=0).fit(module, datamodule=stream)
+        undone = tuple(entry["task"] for entry in detector.record if entry["verdict"] == "poisoned")
+        order = [task.classes for task in self._tasks(folder, seed).tasks]
+        by_class = class_accuracies(module, folder)
+        accuracies = [float(by_class[list(classes)].mean()) for classes in order]
+        return Outcome(
+            statistics.mean(accuracies[:TASK]), accuracies[TASK], statistics.mean(accuracies[TASK + 1 :]), undone
+        )
+
+    def _tasks(self, folder: Path, seed: int) -> ClassIncremental:
+        return ClassIncremental(
+            part_of_cifar(folder),
+            classes_per_task=CLASSES_PER_TASK,
+            class_order=seed,
+            epochs_per_task=EPOCHS,
+            seed=seed,
+        )
+
+    def _stream(self, folder: Path, seed: int) -> Any:
+        tasks = self._tasks(folder, seed)
+        poisoned = (
+            None if self.attack == "clean" else PoisonedTask(tasks, TASK, self.attack, self.corruption, seed=seed)
+        )
+        if self.learner != "joint":
+            return poisoned or tasks
+        joint = Joint(part_of_cifar(folder), epochs_per_task=EPOCHS[0], seed=seed)
+        if poisoned is None:
+            return joint
+        poisoned.setup("fit")
+        return PoisonedTask(joint, 0, "base", self.corruption, classes=list(poisoned.poisoned_classes()), seed=seed)
+
+
+@torch.no_grad()
+def class_accuracies(module: nn.Module, folder: Path) -> np.ndarray:
+    """Return the accuracy on the test images of each class, over all classes."""
+    test = np.load(folder / "test.npz")
+    images = torch.from_numpy(test["images"]).permute(0, 3, 1, 2).float() / 255
+    images = (images - torch.tensor(MEAN).view(-1, 1, 1)) / torch.tensor(STD).view(-1, 1, 1)
+    predicted = torch.cat([module.eval()(part).argmax(1) for part in images.split(500)]).numpy()
+    return np.array([(predicted[test["labels"] == label] == label).mean() for label in range(CLASSES)])
+
+
+def damage(folder: Path, seeds: int, known: dict[tuple[Run, int], Outcome]) -> None:
+    """Print what the attacks change, by learner."""
+    rows = [Run(), *(Run("LwF", attack, name) for name in CORRUPTIONS for attack in ("base", "bait"))]
+    for learner in LEARNERS[1:]:
+        rows += [Run(learner), *(Run(learner, "bait", name) for name in CORRUPTIONS)]
+    print("\n| learner | attack | task 3 | before | after |\n|---|---|---|---|---|")
+    for run in rows:
+        pairs = [
+            (outcome_of(run, folder, s, known), outcome_of(Run(run.learner), folder, s, known)) for s in range(seeds)
+        ]
+        cells = []
+        for part in ("poisoned", "before", "after"):
+            values = [getattr(own, part) for own, _ in pairs]
+            changes = [getattr(own, part) - getattr(clean, part) for own, clean in pairs]
+            cells.append(spread(values) + (f" ({spread(changes, sign=True)})" if run.attack != "clean" else ""))
+        name = run.attack if run.attack == "clean" else f"{run.attack}, {run.corruption}"
+        print(f"| {run.learner} | {name} | {' | '.join(cells)} |", flush=True)
+
+
+def recovery(folder: Path, seeds: int, known: dict[tuple[Run, int], Outcome]) -> None:
+    """Print what detection and rollback give back of the accuracy on the other tasks."""
+    print("\n| attack | seed | undone | clean | poisoned | with detector | given back |\n|---|---|---|---|---|---|---|")
+    for attack, corruption in product(("base", "bait"), CORRUPTIONS):
+        for seed in range(seeds):
+            clean, poisoned, undone = (
+                outcome_of(Run("LwF", a, corruption, d), folder, seed, known)
+                for a, d in (("clean", False), (attack, False), (attack, True))
+            )
+            lost = clean.others - poisoned.others
+            back = f"{(undone.others - poisoned.others) / lost:.0%}" if lost > 0 else "nothing was lost"
+            figures = " | ".join(f"{100 * outcome.others:.1f}" for outcome in (clean, poisoned, undone))
+            tasks = ", ".join(map(str, undone.flagged)) or "none"
+            print(f"| {attack}, {corruption} | {seed} | {tasks} | {figures} | {back} |", flush=True)
+
+
+def outcome_of(run: Run, folder: Path, seed: int, known: dict[tuple[Run, int], Outcome]) -> Outcome:
+    """Return the outcome of a run, trained at most once; a clean one does not depend on the corruption."""
+    run = run._replace(corruption="gaussian_blur") if run.attack == "clean" else run
+    if (run, seed) not in known:
+        known[run, seed] = run.outcome(folder, seed)
+    return known[run, seed]
+
+
+class Meter(ContinualCallback):
+    """Time the tasks, and copying and going back."""
+
+    wants_rollback = True
+
+    def __init__(self) -> None:
+        self.tasks: list[float] = []
+        self.copies: list[float] = []
+        self.returns: list[float] = []
+
+    def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
+        for _ in range(5):
+            started = time.perf_counter()
+            copy, layers = rollback.take_copy(trainer, keep=self), rollback.Layers(pl_module)
+            copied = time.perf_counter()
+            rollback.go_back(trainer, pl_module, copy, keep=self, layers=layers)
+            self.copies.append(copied - started)
+            self.returns.append(time.perf_counter() - copied)
+        self.bytes = size_of(copy) / size_of(pl_module.state_dict())
+        self._started = time.perf_counter()
+
+    def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
+        self.tasks.append(time.perf_counter() - self._started)
+
+
+class TimedDetector(PoisonDetector):
+    """Times itself."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.seconds: dict[int, float] = {}
+
+    def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
+        started = time.perf_counter()
+        super().on_task_start(trainer, pl_module, task)
+        self.seconds[task.index] = time.perf_counter() - started
+
+    def accept_task(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> bool:
+        started = time.perf_counter()
+        accepted = super().accept_task(trainer, pl_module, task)
+        self.seconds[task.index] += time.perf_counter() - started
+        return accepted
+
+
+def size_of(value: Any) -> int:
+    """Return the bytes of the tensors in nested containers."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        return sum(map(size_of, value.values()))
+    return sum(map(size_of, value)) if isinstance(value, (list, tuple)) else 0
+
+
+def cost(folder: Path) -> None:
+    """Print the detector's time beside the task's training, and time and memory of undoing one."""
+    print("\n| network | detector / training of a task | copy, ms | going back, ms | copy / weights |")
+    print("|---|---|---|---|---|")
+    for name, module, per_class in (
+        ("convnet", ConvNet(32), 500),
+        ("resnet32", Classifier(build_backbone("resnet32", CLASSES, (3, 32, 32))), 500),
+    ):
+        seed_everything(0, verbose=False)
+        write_part(folder, per_class)
+        data = ClassIncremental(part_of_cifar(folder), classes_per_task=[4, 4, 4], epochs_per_task=EPOCHS[-1], seed=0)
+        meter, detector = Meter(), TimedDetector(threshold=89.9)
+        quiet_trainer(callbacks=[meter, detector], max_epochs=1, num_sanity_val_steps=0).fit(module, datamodule=data)
+        # the detector's first part comes before the meter starts to time a task, its second part within
+        shares = [detector.seconds[task] / meter.tasks[task] for task in (1, 2)]
+        copied, back = (1000 * statistics.median(times) for times in (meter.copies, meter.returns))
+        print(f"| {name} | {statistics.mean(shares):.1%} | {copied:.0f} | {back:.0f} | {meter.bytes:.1f} |", flush=True)
+
+
+def main() -> None:
+    """Run the parts and print their tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="+", choices=["damage", "recovery", "cost"])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--per-class", type=int, default=200, help="training images of each class")
+    arguments = parser.parse_args()
+    silence()
+    torch.set_num_threads(1)
+    known: dict[tuple[Run, int], Outcome] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_part(folder, arguments.per_class)
+        for part in arguments.parts:
+            if part == "cost":
+                cost(folder)
+            else:
+                {"damage": damage, "recovery": recovery}[part](folder, arguments.seeds, known)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Real images show what single-task poisoning does, and that detection with rollback gives back what it took."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.poison import Outcome, Run, outcome_of
+from benchmarks.poison_streams import DATA, write_part
+
+SEEDS = 3
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.data,
+    pytest.mark.skipif(not (DATA / "cifar100").is_dir(), reason="no CIFAR-100 in ../shared/data"),
+]
+
+
+class Streams:
+    """Outcomes of streams on part of CIFAR-100, each trained once for all tests."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._known: dict[tuple[Run, int], Outcome] = {}
+
+    def outcomes(self, run: Run) -> list[Outcome]:
+        return [outcome_of(run, self._folder, seed, self._known) for seed in range(SEEDS)]
+
+    def damage(self, learner: str) -> np.ndarray:
+        """What the bait changes of the accuracy on the tasks before it, by seed."""
+        bait = self.outcomes(Run(learner, "bait", "contrast"))
+        clean = self.outcomes(Run(learner))
+        return np.array([poisoned.before - own.before for poisoned, own in zip(bait, clean, strict=True)])
+
+
+@pytest.fixture(scope="module")
+def streams(tmp_path_factory: pytest.TempPathFactory) -> Streams:
+    return Streams(write_part(tmp_path_factory.mktemp("cifar"), per_class=200))
+
+
+def test_a_bait_damages_the_tasks_before_it(streams: Streams) -> None:
+    damage = streams.damage("LwF")
+    assert damage.mean() < -damage.std(ddof=1)
+    assert damage.max() < 0
+
+
+@pytest.mark.parametrize("learner", ["2000 exemplars", "joint"])
+def test_the_damage_is_far_smaller_with_exemplars_and_in_joint_training(streams: Streams, learner: str) -> None:
+    assert abs(streams.damage(learner).mean()) < 0.5 * abs(streams.damage("LwF").mean())
+
+
+def test_detection_with_rollback_gives_back_what_the_other_tasks_lost(streams: Streams) -> None:
+    clean = streams.outcomes(Run())
+    poisoned = streams.outcomes(Run(attack="bait", corruption="contrast"))
+    watched = streams.outcomes(Run(attack="bait", corruption="contrast", detector=True))
+    for own, lost, back in zip(clean, poisoned, watched, strict=True):
+        assert back.flagged == (3,)
+        assert back.others - lost.others >= 0.8 * (own.others - lost.others)
