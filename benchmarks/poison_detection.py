@@ -30,7 +30,7 @@ from lightning_cl.tasks import ContinualCallback, Task, TaskClock, TaskDataset
 from lightning_cl.tasks.layer_shift import LayerStates, shifts_between
 from lightning_cl.tasks.loader import InputTransform
 
-CORRUPTIONS = ("gaussian_blur", "gaussian_noise", "contrast", "pixelate", "jpeg_compression")
+CORRUPTIONS = ("gaussian_blur", "contrast")
 RUNS = 5
 CALIBRATE = 1
 Shifts = dict[str, float]

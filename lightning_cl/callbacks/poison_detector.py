@@ -34,12 +34,12 @@ from lightning_cl.tasks.stream import ReplayStream
 class PoisonDetector(ContinualCallback):
     """Undo a task that moved the network further than a clean one does (arXiv 2507.04106).
 
-    At the end of each task the mean outputs of the layers over the task's training data are compared with those of the
-    network as the task found it. The distances, added up from the first layer to the last, rise with an angle; a task
-    is taken for poisoned if its angle is strictly above a threshold. The threshold comes from one early task that is
-    known to be clean: it is trained several times, in other orders, and undone each time; then the run goes on as if
-    it had been trained once. Undone is everything that a checkpoint holds: weights, buffers, optimizers, exemplars,
-    heads, teachers.
+    At the end of each task the mean outputs of the layers over the task's training data (and over the positions of a
+    convolution) are compared with those of the network as the task found it. The distances, added up from the first
+    layer to the last, rise with an angle; a task is taken for poisoned if its angle is strictly above a threshold. The
+    threshold comes from one early task that is known to be clean: it is trained several times, in other orders, and
+    undone each time; then the run goes on as if it had been trained once. Undone is everything that a checkpoint holds:
+    weights, buffers, optimizers, exemplars, heads, teachers.
 
     It logs ``poison/...`` at the end of each task, says on the console what it saw and did, and writes
     ``poison_report.json`` and ``poison_shift.png`` into the log directory.

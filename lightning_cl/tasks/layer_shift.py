@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from lightning_cl.heads import pool_positions
 from lightning_cl.taps import layers_matching, own_outputs
 from lightning_cl.tasks.batches import describe
 from lightning_cl.tasks.evaluation import evaluating, sample_batches
@@ -20,7 +21,8 @@ from lightning_cl.tasks.task import Task
 class OutputSums:
     """Sum up what some layers put out over samples, while the ``with`` block lasts.
 
-    A layer that is called several times for a batch counts with the mean over its calls.
+    A layer that is called several times for a batch counts with the mean over its calls, and a convolution with the
+    mean over positions: which classes a task has shows in where things are, and poison in what is there.
 
     Args:
         layers: The layers by name.
@@ -55,7 +57,7 @@ class OutputSums:
         def add(layer: nn.Module, inputs: Any, output: Any) -> None:
             if not isinstance(output, Tensor) or output.ndim < 1 or not output.is_floating_point():
                 return
-            rows = output.detach()
+            rows = pool_positions(output.detach())
             rows = rows.cpu() if rows.device.type == "mps" else rows  # which knows no double precision
             total = rows.double().sum(0)
             known = self.totals.get(name)
