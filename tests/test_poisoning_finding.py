@@ -1,4 +1,8 @@
-"""Real images show what single-task poisoning does, and that detection with rollback gives back what it took."""
+"""Real images show what single-task poisoning does, and that detection with rollback gives back what it took.
+
+Half of the task's classes lose their contrast. Blur, which the paper's tables are of, does less in these small streams:
+see docs/benchmarks.md.
+"""
 
 from pathlib import Path
 
@@ -36,7 +40,7 @@ class Streams:
 
 @pytest.fixture(scope="module")
 def streams(tmp_path_factory: pytest.TempPathFactory) -> Streams:
-    return Streams(write_part(tmp_path_factory.mktemp("cifar"), per_class=200))
+    return Streams(write_part(tmp_path_factory.mktemp("cifar"), per_class=120))
 
 
 def test_a_bait_damages_the_tasks_before_it(streams: Streams) -> None:
@@ -55,5 +59,6 @@ def test_detection_with_rollback_gives_back_what_the_other_tasks_lost(streams: S
     poisoned = streams.outcomes(Run(attack="bait", corruption="contrast"))
     watched = streams.outcomes(Run(attack="bait", corruption="contrast", detector=True))
     for own, lost, back in zip(clean, poisoned, watched, strict=True):
+        assert own.others > lost.others
         assert back.flagged == (3,)
         assert back.others - lost.others >= 0.8 * (own.others - lost.others)

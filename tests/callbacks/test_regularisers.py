@@ -13,7 +13,7 @@ from numbered_streams import AnyBatch, DataOf, Judge, Watch, fit_stream, same, s
 from regularised_streams import REGULARISERS, Frozen, Notes
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_cl.callbacks import ContinualMetrics, Replay, StabilityGapTracker
+from lightning_cl.callbacks import ContinualMetrics, LearningWithoutForgetting, Replay, StabilityGapTracker
 from lightning_cl.datamodules import ClassIncremental, Joint, TaskList
 from lightning_cl.tasks import TaskClock, added_loss
 from tests.modules import BrightnessData, DigitsData, Manual, Plain, Regression, quiet_trainer
@@ -239,3 +239,31 @@ def test_a_strategy_that_cuts_the_weights_is_refused(kind, strategy):
 def test_two_of_a_kind_are_refused(kind):
     with pytest.raises(RuntimeError, match="more than one stateful callback"):
         fit_stream([kind(), kind()], Plain, DigitsData())
+
+
+def test_a_step_costs_at_most_one_forward_more(kind):
+    class Counts(Callback):
+        """Counts the calls of the first layer by training step."""
+
+        def __init__(self):
+            self.calls, self.steps = 0, []
+
+        def on_train_batch_start(self, trainer, pl_module, *args):
+            self.calls = 0
+
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            self.steps.append((trainer.datamodule.current_task.index, self.calls))
+
+        def count(self, *args):
+            self.calls += 1
+
+    class Counted(Plain):
+        def __init__(self):
+            super().__init__(lr=0.05)
+            self.net[0].register_forward_hook(lambda *args: counts.count())
+
+    counts = Counts()
+    fit_stream([kind(), counts], Counted, DigitsData())
+    assert {calls for task, calls in counts.steps if task == 0} == {1}
+    expected = 2 if kind is LearningWithoutForgetting else 1
+    assert {calls for task, calls in counts.steps if task > 0} == {expected}
