@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -147,6 +148,11 @@ class SampleScreen(ContinualCallback):
     def accept_task(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> bool:
         before, self._before = self._before, {}
         if not self._screens(task) or self.clock.repeats:  # a task that is trained again is screened then
+            return True
+        if not before:  # resumed from the middle of the task, and the checkpoint is of a run without a screen
+            rank_zero_warn(
+                f"SampleScreen did not see the start of task {task.index} ({task.name}), so it is not screened."
+            )
             return True
         drawn = self._drawn(task)
         labels, after = self._outputs.take(trainer, pl_module, self.stream, task.index, drawn)

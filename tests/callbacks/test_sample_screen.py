@@ -274,6 +274,15 @@ def test_resuming_with_other_samples_is_refused(saved):
         _screened(SampleScreen(samples=10), [Replay(20)], Noisy, max_epochs=2, ckpt_path=folder / "8.ckpt")
 
 
+def test_a_task_that_was_begun_without_the_screen_is_not_ranked(tmp_path):
+    fit_stream([SaveAfterSteps(tmp_path, [4])], Plain, DigitsData())
+    screen = SampleScreen()
+    with pytest.warns(UserWarning, match=r"did not see the start of task 1 \(classes 2, 3\), so it is not screened"):
+        _screened(screen, ckpt_path=tmp_path / "4.ckpt", **_logged(tmp_path))
+    assert list(screen.rankings) == [2]
+    assert not (tmp_path / "suspicious_task_1.csv").exists()
+
+
 def test_a_test_with_a_checkpoint_leaves_the_rankings_of_the_fit(saved):
     _, _, folder = saved
     screen, trainer, module = _screened(others=[Replay(20)], module=Noisy)
