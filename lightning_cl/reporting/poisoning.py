@@ -26,7 +26,7 @@ def describe_value(value: float, statistic: str) -> str:
 def print_verdict(trainer: Trainer, text: str) -> None:
     """Say on the console what the detector saw and did; on the first rank only."""
     if trainer.is_global_zero:
-        get_console().print(f"PoisonDetector: {text}", highlight=False, soft_wrap=True)
+        get_console().print(f"PoisonDetector: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
 def write_poison_report(

@@ -11,7 +11,8 @@ from numbered_streams import same_weights
 from poison_streams import Moves, fit_watched, moving, watching
 
 from lightning_cl.callbacks import PoisonDetector
-from lightning_cl.reporting.poisoning import describe_value, shift_figure, write_poison_report
+from lightning_cl.reporting.poisoning import describe_value, print_verdict, shift_figure, write_poison_report
+from tests.modules import quiet_trainer
 
 FILES = {"poison_report.json", "poison_shift.png"}
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -132,6 +133,11 @@ def test_calibration_and_verdict_are_one_line_each(capsys):
         "PoisonDetector: trained task 1 (classes 2, 3) 2 times; the threshold is 26.1°.",
         "PoisonDetector: task 2 (classes 4, 5) looks poisoned: 78.5° against a threshold of 26.1°. Undone and skipped.",
     ]
+
+
+def test_names_of_tasks_are_no_markup(capsys):
+    print_verdict(quiet_trainer(), "task 1 (a [/x] [red]b) looks poisoned")
+    assert _said(capsys) == ["PoisonDetector: task 1 (a [/x] [red]b) looks poisoned"]
 
 
 def test_that_the_fit_ends_is_said(capsys):
