@@ -53,7 +53,9 @@ class PoisonDetector(ContinualCallback):
         threshold: What a clean task stays at or under; found by calibration if ``None``.
         calibrate_task: Index of the clean task of the calibration. Let it be like those that follow: of as many
             classes, and not the first.
-        calibration_runs: Trainings of that task; the one that is kept counts.
+        calibration_runs: Trainings of that task that the threshold comes from. Each is undone, the first one in the
+            order that is kept, and the task is then trained once more: k runs cost k + 1 trainings. With 1 run, there
+            is one training only.
         aggregate: How several runs become a threshold: their 90th or 75th percentile, their maximum, or that and the
             interquartile range.
         action: What happens to a poisoned task: it is undone and skipped ("rollback"), undone and the fit stopped
@@ -332,8 +334,8 @@ class PoisonDetector(ContinualCallback):
             )
         self.record.append({**entry, "verdict": "calibration", "runs": list(self._runs)})
         threshold = describe_value(self.current_threshold or 0.0, self.statistic)
-        times = "once" if wanted == 1 else f"{wanted} times"
-        print_verdict(trainer, f"trained task {task.index} ({task.name}) {times}; the threshold is {threshold}.")
+        runs = "1 run" if wanted == 1 else f"{wanted} runs"
+        print_verdict(trainer, f"task {task.index} ({task.name}) calibrated in {runs}; the threshold is {threshold}.")
         return True
 
     def _judge(self, trainer: Trainer, task: Task, entry: dict[str, Any]) -> bool:

@@ -130,7 +130,7 @@ def _said(capsys):
 def test_calibration_and_verdict_are_one_line_each(capsys):
     fit_watched(PoisonDetector(calibration_runs=2), moving(0.1, 0.2, 2.0))
     assert _said(capsys) == [
-        "PoisonDetector: trained task 1 (classes 2, 3) 2 times; the threshold is 26.1°.",
+        "PoisonDetector: task 1 (classes 2, 3) calibrated in 2 runs; the threshold is 26.1°.",
         "PoisonDetector: task 2 (classes 4, 5) looks poisoned: 78.5° against a threshold of 26.1°. Undone and skipped.",
     ]
 
