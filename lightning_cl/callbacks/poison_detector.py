@@ -161,11 +161,15 @@ class PoisonDetector(ContinualCallback):
                 " sequence, such as `ClassIncremental(your_datamodule, num_tasks=5)`."
             )
         last = len(clock.stream.tasks) - 1
-        for argument, index in (("calibrate_task", self.calibrate_task), ("detect_from", self.detect_from)):
-            if index > last and (argument == "detect_from" or self.threshold is None):
+        named = [(f"`detect_from={self.detect_from}`", self.detect_from)]
+        if self.threshold is None:
+            own = f"`calibrate_task={self.calibrate_task}`"
+            named = [(own, self.calibrate_task), (f"The task after {own}", self.calibrate_task + 1), *named]
+        for name, index in named:
+            if index > last:
                 raise MisconfigurationException(
-                    f"`{argument}={index}` of PoisonDetector is outside the stream, whose tasks are 0 to {last}."
-                    " Calibrate earlier, or give a `threshold`."
+                    f"{name} of PoisonDetector is outside the stream, whose tasks are 0 to {last}. Calibrate earlier,"
+                    " or give a `threshold`."
                 )
         for task in clock.stream.tasks:
             if self.space == "activation" and clock.stream.samples_of(task.index) is None:
@@ -373,7 +377,8 @@ class PoisonDetector(ContinualCallback):
 
     def _write(self, trainer: Trainer) -> None:
         if trainer.is_global_zero and self._log_dir is not None and self.record:
-            settings = {**self._settings(), "threshold": self.current_threshold, "action": self.action}
+            settings = {**self._settings(), "detect_from": self.detect_from, "action": self.action}
+            settings["threshold"] = self.current_threshold
             write_poison_report(self._log_dir, self.record, settings, self.relative)
 
 

@@ -152,7 +152,7 @@ def test_a_stream_of_one_task():
     ("arguments", "message"),
     [
         ({"calibrate_task": 3}, "`calibrate_task=3` of PoisonDetector is outside the stream, whose tasks are 0 to 2"),
-        ({"calibrate_task": 2}, "`detect_from=3` of PoisonDetector is outside.*Calibrate earlier, or give a `thresh"),
+        ({"calibrate_task": 2}, "The task after `calibrate_task=2` of PoisonDetector is outside.*Calibrate earlier"),
         ({"detect_from": 7}, "`detect_from=7` of PoisonDetector is outside the stream, whose tasks are 0 to 2"),
         ({"detect_from": 3, "threshold": 30}, "`detect_from=3` of PoisonDetector is outside the stream"),
     ],

@@ -42,6 +42,7 @@ def test_the_report_has_settings_and_what_was_seen_of_each_task(run):
     degrees = math.degrees(math.atan(0.2 * 6**0.5))
     assert report["settings"]["threshold"] == pytest.approx(degrees, abs=1e-4)
     assert report["settings"]["action"] == "rollback"
+    assert report["settings"]["detect_from"] == 2
     assert report["settings"]["aggregate"] == "max"
     first, second = report["tasks"]
     assert (first["task"], first["name"], first["verdict"]) == (1, "classes 2, 3", "calibration")
