@@ -196,6 +196,12 @@ class PoisonDetector(ContinualCallback):
                 " PoisonDetector: there is nothing to compare it with, or to go back to. Resume from a checkpoint of a"
                 f" task's end, or judge later tasks only (`detect_from`, `calibrate_task` from {task.index + 1} on)."
             )
+        past = task.index > self.calibrate_task and self.calibrate_task not in progress.rejected
+        if past and not progress.committed and self.calibration == "repeats" and self.current_threshold is None:
+            raise MisconfigurationException(
+                f"The checkpoint is from after task {self.calibrate_task}, on which PoisonDetector was to calibrate,"
+                f" and holds no threshold. Give a `threshold`, or a later `calibrate_task` (from {task.index} on)."
+            )
 
     @override
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
@@ -213,7 +219,8 @@ class PoisonDetector(ContinualCallback):
         self._before = {}
         value, degrees = self._statistic_of(shifts)
         entry = {"task": task.index, "name": task.name, "shifts": shifts, "angle": degrees, self.statistic: value}
-        if self.threshold is None and task.index == self.calibrate_task:
+        begins = self.calibration == "history" and self.current_threshold is None  # it joined late
+        if self.threshold is None and (begins or task.index == self.calibrate_task):
             accepted = self._calibrate(trainer, task, entry)
         elif task.index < self.detect_from:
             accepted = True
@@ -319,6 +326,8 @@ class PoisonDetector(ContinualCallback):
         return (degrees if self.statistic == "angle" else float(shift_slope(values))), degrees
 
     def _calibrate(self, trainer: Trainer, task: Task, entry: dict[str, Any]) -> bool:
+        if task.index > self.calibrate_task:
+            rank_zero_warn(f"PoisonDetector has no history yet, and takes task {task.index} ({task.name}) for clean.")
         wanted = self.calibration_runs if self._trains_again else 1
         if len(self._runs) < wanted:
             self._runs.append(entry[self.statistic])

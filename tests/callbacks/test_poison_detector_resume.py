@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from nearest_means import DigitsToPredict, NoisyNet
-from numbered_streams import SaveAfterSteps, fit_stream, same, same_weights
+from numbered_streams import Judge, SaveAfterSteps, fit_stream, same, same_weights
 from poison_streams import Pairs, fit_watched, moving
 
 from benchmarks.resume import differences
@@ -220,6 +220,38 @@ def test_a_detector_may_join_at_the_end_of_a_task(tmp_path):
     detector = PoisonDetector(threshold=89)
     fit_watched(detector, ckpt_path=tmp_path / "epoch=0.ckpt")
     assert [entry["task"] for entry in detector.record] == [1, 2]
+
+
+@pytest.fixture(scope="module")
+def unwatched(tmp_path_factory):
+    """Return a checkpoint of the end of task 1 of three, of a run without a detector."""
+    folder = tmp_path_factory.mktemp("unwatched")
+    fit_stream([ModelCheckpoint(folder, "{epoch}", save_top_k=-1)], NoisyNet, Pairs(), enable_checkpointing=True)
+    return folder / "epoch=1.ckpt"
+
+
+def test_a_detector_that_missed_its_calibration_is_refused(unwatched):
+    message = r"from after task 1, .*holds no threshold\. Give a `threshold`, or a later `calibrate_task` \(from 2 on\)"
+    with pytest.raises(MisconfigurationException, match=message):
+        fit_watched(PoisonDetector(calibration_runs=2), ckpt_path=unwatched)
+
+
+def test_a_history_begins_with_the_first_task_that_is_watched(unwatched):
+    detector = PoisonDetector(calibration="history")
+    with pytest.warns(UserWarning, match=r"has no history yet, and takes task 2 \(classes 4, 5\) for clean"):
+        fit_watched(detector, ckpt_path=unwatched)
+    assert [(entry["task"], entry["verdict"]) for entry in detector.record] == [(2, "calibration")]
+    assert detector.current_threshold == detector.record[0]["angle"]
+
+
+def test_a_detector_whose_calibration_another_callback_undid_goes_on_unjudged(tmp_path):
+    epochs = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    undoing = [Judge(1), epochs]
+    fit_watched(PoisonDetector(calibration_runs=1), others=undoing, enable_checkpointing=True)
+    detector = PoisonDetector(calibration_runs=1)
+    with pytest.warns(UserWarning, match=r"no threshold for task 2 .*since task 1.*undone"):
+        fit_watched(detector, others=[Judge(1)], ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert [entry["verdict"] for entry in detector.record] == ["not judged"]
 
 
 def test_a_detector_may_leave_the_run(saved):
