@@ -217,11 +217,21 @@ class _PoisonFirst:
         self._transform = transform
         self._visit = visit
 
-    def __call__(self, image: Any, *others: Any) -> Any:
-        poisoned = self._visit.poison_image(image)
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        if args:
+            args = (self._visit.poison_image(args[0]), *args[1:])
+        elif "image" in named:  # as albumentations is called
+            named = {**named, "image": self._visit.poison_image(named["image"])}
+        else:
+            raise ValueError(
+                f"The data set calls its transform with {', '.join(map(repr, named)) or 'nothing'}, which does not tell"
+                " the image. Let it hand the image over first, or as `image=`."
+            )
         if self._transform is not None:
-            return self._transform(poisoned, *others)
-        return (poisoned, *others) if others else poisoned
+            return self._transform(*args, **named)
+        if not args:
+            return named
+        return args if len(args) > 1 else args[0]
 
 
 def _with_visits(dataset: Dataset[Any], visit: _Visit) -> Dataset[Any]:

@@ -1,0 +1,61 @@
+"""A data set's transform gets the corrupted image, in whatever way the data set calls it."""
+
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from poisoned_streams import LABELS, PIXELS, ImageData, streams
+from torch.utils.data import Dataset
+
+from lightning_cl.corruptions import corrupt
+
+
+class Calls(Dataset):
+    """Calls its transform in a way of its own."""
+
+    targets = LABELS
+
+    def __init__(self, call, transform=None):
+        self.call = call
+        self.transform = transform
+
+    def __len__(self):
+        return len(LABELS)
+
+    def __getitem__(self, index):
+        return self.call(self.transform, PIXELS[index]), int(LABELS[index])
+
+
+def _poisoned(call, transform=None):
+    """The first sample of the poisoned task, and what its image is corrupted to."""
+    poisoned, _ = streams(lambda: ImageData(Calls(call, transform)))
+    data = poisoned.task_data(1, "train")
+    position = int(data.indices[0])
+    expected = corrupt(PIXELS[position][None], "gaussian_noise", 5, torch.tensor([position]))[0]
+    return data.dataset[position][0], expected
+
+
+def _named(transform, image):
+    return image if transform is None else transform(image=image)["image"]
+
+
+def test_an_image_that_is_handed_over_by_name_is_corrupted():
+    image, expected = _poisoned(_named, lambda image: {"image": image.flip(-1)})
+    assert torch.equal(image, expected.flip(-1))
+
+
+def test_an_image_that_is_handed_over_by_name_needs_no_transform():
+    image, expected = _poisoned(_named)
+    assert torch.equal(image, expected)
+
+
+def test_what_comes_with_the_image_goes_on_to_the_transform():
+    def call(transform, image):
+        return transform(image, scale=2)
+
+    image, expected = _poisoned(call, lambda image, scale: image // scale)
+    assert torch.equal(image, expected // 2)
+
+
+def test_an_image_of_another_name_is_refused():
+    with pytest.raises(MisconfigurationException, match=r"Task 1 cannot be poisoned .* with 'img', .* or as `image=`"):
+        _poisoned(lambda transform, image: transform(img=image), lambda img: img)
