@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_cl.tasks.batches import describe
 
 _CHANNEL_COUNTS = (1, 3)
+_PLAIN_MODES = {"L": "L", "LA": "L", "1": "L"} | dict.fromkeys(("RGB", "RGBA", "P", "CMYK", "YCbCr", "HSV"), "RGB")
 _ADVICE = (
     " Allowed are uint8 images and floats in [0, 1], of shape (channels, height, width), (height, width, channels) or"
     " (height, width) with 1 or 3 channels, and PIL images."
@@ -24,15 +25,16 @@ def change_image(image: Any, change: Change) -> Any:
     """Return one image with its pixels changed, of the kind and type that it was.
 
     Args:
-        image: A PIL image, an array or a tensor. A PIL image of another mode than "L" and "RGB" becomes an RGB image.
+        image: A PIL image, an array or a tensor. A PIL image keeps its mode, so that it can be put in one batch with
+            others: of "LA" and "RGBA" the alpha channel stays as it was, "P" gets a palette of its changed colours,
+            and "1" is dithered.
         change: What to do with the pixels.
 
     Raises:
-        ValueError: If it is no image, or of floats outside of [0, 1].
+        ValueError: If it is no image, of floats outside of [0, 1], or a PIL image of a mode without 8-bit colours.
     """
     if isinstance(image, Image.Image):
-        plain = image if image.mode in ("L", "RGB") else image.convert("RGB")
-        return Image.fromarray(change_image(np.asarray(plain), change))
+        return _change_pillow(image, change)
     if isinstance(image, np.ndarray):
         rows = torch.from_numpy(np.array(image))[None]
         return change_images(rows, change, channels_last=True)[0].numpy()
@@ -83,6 +85,24 @@ def pixels_of(image: Any) -> Tensor:
 
     change_image(image, keep)
     return found[0]
+
+
+def _change_pillow(image: Image.Image, change: Change) -> Image.Image:
+    plain = _PLAIN_MODES.get(image.mode)
+    if plain is None:
+        raise ValueError(
+            f"The inputs are PIL images of mode {image.mode!r}. Allowed are {', '.join(map(repr, _PLAIN_MODES))}:"
+            " convert them in the data set, before its `transform`."
+        )
+    colours = image if image.mode == plain else image.convert(plain)
+    changed = Image.fromarray(change_image(np.asarray(colours), change))
+    if image.mode in ("LA", "RGBA"):
+        changed.putalpha(image.getchannel("A"))
+    elif image.mode == "P":
+        changed = changed.convert("P", palette=Image.Palette.ADAPTIVE)
+    elif image.mode != plain:
+        changed = changed.convert(image.mode)
+    return changed
 
 
 def _channel_axis(images: Tensor, channels_last: bool) -> int | None:

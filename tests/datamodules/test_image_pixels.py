@@ -40,12 +40,25 @@ def test_floats_of_a_data_set_of_bytes_come_back_to_the_bit():
     assert torch.equal(change_image(levels, lambda pixels: pixels), levels)
 
 
-@pytest.mark.parametrize(("mode", "back"), [("L", "L"), ("RGB", "RGB"), ("P", "RGB"), ("RGBA", "RGB"), ("1", "RGB")])
-def test_pillow_images_become_grey_or_rgb(mode, back):
+@pytest.mark.parametrize("mode", ["L", "LA", "1", "RGB", "RGBA", "P", "CMYK", "YCbCr", "HSV"])
+def test_pillow_images_keep_their_mode(mode):
     image = Image.fromarray(LAST).convert(mode)
     changed = change_image(image, _invert)
-    assert changed.mode == back
-    assert np.array_equal(np.asarray(changed), 255 - np.asarray(image.convert(back)))
+    assert (changed.mode, changed.size) == (mode, image.size)
+    colours = [np.asarray(each.convert("RGB")).astype(int) for each in (image, changed)]
+    assert np.allclose(colours[1], 255 - colours[0], atol=4)  # other colour spaces round
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_the_alpha_channel_stays_as_it_was(mode):
+    image = Image.fromarray(LAST).convert(mode)
+    image.putalpha(Image.fromarray(LAST[..., 0]))
+    assert np.array_equal(np.asarray(change_image(image, _invert))[..., -1], LAST[..., 0])
+
+
+def test_pillow_images_without_bytes_for_colours_are_refused():
+    with pytest.raises(ValueError, match=r"PIL images of mode 'I;16'. Allowed are 'L', .*'RGBA'.*: convert them"):
+        change_image(Image.new("I;16", (4, 4)), _invert)
 
 
 def test_three_rows_of_an_array_are_no_channels():
