@@ -188,11 +188,15 @@ class PoisonedBatches(PoisonedDataset):
 
 
 class _Visit:
-    """The sample that is being fetched, whose image is corrupted at the first place it is met at."""
+    """The sample that is being fetched, whose image is corrupted at the first place it is met at.
+
+    A data set may make several views of one image, all of which must be corrupted.
+    """
 
     def __init__(self, poison: PixelPoison) -> None:
         self._poison = poison
         self._position = -1
+        self._place: object = None
         self.done = True
         self.before: Any = None
         self.after: Any = None
@@ -201,13 +205,28 @@ class _Visit:
         """Say which sample comes next."""
         self._position, self.done = position, False
 
-    def poison_image(self, image: Any) -> Any:
-        """Corrupt the sample's image, once."""
-        if self.done:
+    def poison_image(self, image: Any, place: object = None) -> Any:
+        """Corrupt the sample's image.
+
+        Args:
+            image: What the data set hands over.
+            place: Whom it hands it to. What comes out of one place may go on into another.
+
+        Raises:
+            ValueError: If the same place gets one image and then another.
+        """
+        if not self.done:
+            self.done, self._place = True, place
+            self.before, self.after = image, self._poison.of_image(image, self._position)
+            return self.after
+        if image is self.before:
+            return self.after
+        if image is self.after or place is not self._place:
             return image
-        self.done = True
-        self.before, self.after = image, self._poison.of_image(image, self._position)
-        return self.after
+        raise ValueError(
+            f"The data set calls its transform with several images for sample {self._position}, and only one can be"
+            " corrupted. Let it fetch the sample's image once, and hand the same object over for each view."
+        )
 
 
 class _PoisonFirst:
@@ -219,9 +238,9 @@ class _PoisonFirst:
 
     def __call__(self, *args: Any, **named: Any) -> Any:
         if args:
-            args = (self._visit.poison_image(args[0]), *args[1:])
+            args = (self._visit.poison_image(args[0], self), *args[1:])
         elif "image" in named:  # as albumentations is called
-            named = {**named, "image": self._visit.poison_image(named["image"])}
+            named = {**named, "image": self._visit.poison_image(named["image"], self)}
         else:
             raise ValueError(
                 f"The data set calls its transform with {', '.join(map(repr, named)) or 'nothing'}, which does not tell"

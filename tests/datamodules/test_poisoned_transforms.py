@@ -59,3 +59,35 @@ def test_what_comes_with_the_image_goes_on_to_the_transform():
 def test_an_image_of_another_name_is_refused():
     with pytest.raises(MisconfigurationException, match=r"Task 1 cannot be poisoned .* with 'img', .* or as `image=`"):
         _poisoned(lambda transform, image: transform(img=image), lambda img: img)
+
+
+def _two_views(transform, image):
+    return torch.stack([transform(image), transform(image)])
+
+
+@pytest.mark.parametrize("transform", [None, lambda image: image.flip(-1)], ids=["none", "flip"])
+def test_all_views_of_an_image_are_corrupted(transform):
+    views, expected = _poisoned(_two_views, transform)
+    wanted = expected if transform is None else transform(expected)
+    assert torch.equal(views, torch.stack([wanted, wanted]))
+
+
+def test_a_second_image_of_a_sample_is_refused():
+    with pytest.raises(MisconfigurationException, match="several images for sample 2, and only one"):
+        _poisoned(lambda transform, image: transform(image) + transform(image.clone()), lambda image: image)
+
+
+def test_an_image_that_goes_through_two_transforms_is_corrupted_once():
+    class Both(Calls):
+        def __init__(self):
+            super().__init__(None, lambda image: image.flip(-1))
+            self.transforms = lambda image, target: (image.flip(-2), target)
+
+        def __getitem__(self, index):
+            return self.transforms(self.transform(PIXELS[index]), int(LABELS[index]))
+
+    poisoned, _ = streams(lambda: ImageData(Both()))
+    data = poisoned.task_data(1, "train")
+    position = int(data.indices[0])
+    expected = corrupt(PIXELS[position][None], "gaussian_noise", 5, torch.tensor([position]))[0]
+    assert torch.equal(data.dataset[position][0], expected.flip(-1, -2))
