@@ -151,7 +151,10 @@ class PoisonedBatches(PoisonedDataset):
         if len(positions) == 0 or any(isinstance(array, np.memmap) for array in source.arrays):
             return
         chunks = [positions[start : start + _CHUNK] for start in range(0, len(positions), _CHUNK)]
-        self._images = torch.cat([self.poison.of_images(source.__getitems__(chunk)[0], chunk) for chunk in chunks])
+        found = (self.structure.find_inputs(source.__getitems__(chunk)) for chunk in chunks)
+        self._images = torch.cat(
+            [self.poison.of_images(images, chunk) for images, chunk in zip(found, chunks, strict=True)]
+        )
         self._places = torch.full((len(source),), -1)
         self._places[positions] = torch.arange(len(positions))
 

@@ -7,6 +7,8 @@ from poisoned_streams import LABELS, PIXELS, ImageData, streams
 from torch.utils.data import Dataset
 
 from lightning_cl.corruptions import corrupt
+from lightning_cl.datamodules import ClassIncremental
+from lightning_cl.datamodules.array_dataset import ArrayDataset, collate
 
 
 class Calls(Dataset):
@@ -91,3 +93,24 @@ def test_an_image_that_goes_through_two_transforms_is_corrupted_once():
     position = int(data.indices[0])
     expected = corrupt(PIXELS[position][None], "gaussian_noise", 5, torch.tensor([position]))[0]
     assert torch.equal(data.dataset[position][0], expected.flip(-1, -2))
+
+
+class Weighted(ArrayDataset):
+    """Hands out batches whose first entry is not the images."""
+
+    def __getitems__(self, indices):
+        images, labels = super().__getitems__(indices)
+        return torch.rand(len(labels), 3, 2, 2), images, labels
+
+    def __getitem__(self, index):
+        return tuple(part[0] for part in self.__getitems__([index]))
+
+
+def test_images_in_memory_are_corrupted_wherever_a_batch_has_them():
+    def wrap(base):
+        return ClassIncremental(base, num_tasks=3, inputs=1, target_key=2)
+
+    poisoned, _ = streams(lambda: ImageData(Weighted(PIXELS, LABELS), collate_fn=collate), wrap)
+    data = poisoned.task_data(1, "train")
+    expected = corrupt(PIXELS[data.indices], "gaussian_noise", 5, data.indices)
+    assert torch.equal(data.dataset.__getitems__(data.indices)[1], expected)
