@@ -71,7 +71,7 @@ class Run(NamedTuple):
         learner: "LwF", "2000 exemplars" (fine-tuning with replay) or "joint" (all classes at once).
         attack: "clean", "base" or "bait".
         corruption: Of the images.
-        detector: Whether a `PoisonDetector` watches, with its own settings.
+        detector: Whether a `PoisonDetector` watches, with a margin of 1.25.
     """
 
     learner: str = "LwF"
@@ -83,7 +83,7 @@ class Run(NamedTuple):
         """Train, and measure."""
         seed_everything(seed, verbose=False)
         stream: Any = self._stream(folder, seed)
-        detector = PoisonDetector()
+        detector = PoisonDetector(margin=1.25)
         callbacks: list[Any] = [detector] if self.detector else []
         if self.learner != "joint":
             lwf = LearningWithoutForgetting(weight=10)

@@ -13,6 +13,7 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from lightning_cl.tasks.layer_shift import LayerStates, shifts_between
 from lightning_cl.tasks.loader import InputTransform
 
 CORRUPTIONS = ("gaussian_blur", "contrast")
+NORMS = ("model.0.1", "model.1.1", "model.2.1")
+OTHERS = ("model.0.0", "model.1.0", "model.2.0", "model.4", "model.6")
 RUNS = 5
 CALIBRATE = 1
 Shifts = dict[str, float]
@@ -58,7 +61,7 @@ class Trials(ContinualCallback):
         self.data = data
         self.poisoned = poisoned
         self.shifts: dict[int, dict[str, list[Shifts]]] = {}
-        self._layers = LayerStates(None, "activation", 1000)
+        self._layers = LayerStates([*NORMS, *OTHERS], "activation", 1000)
         self._left: list[str] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -133,14 +136,15 @@ def run_stream(
     return trials.shifts
 
 
-def slope_of(shifts: Shifts) -> float:
-    """Return the statistic of the detector with its own settings, as a slope."""
-    return float(shift_slope(torch.tensor(list(shifts.values()), dtype=torch.float64)))
+def slope_of(shifts: Shifts, layers: str = "norms") -> float:
+    """Return the statistic of the detector as a slope, of the norms, as it chooses by itself, or of all layers."""
+    chosen = [shift for name, shift in shifts.items() if layers == "all" or name in NORMS]
+    return float(shift_slope(torch.tensor(chosen, dtype=torch.float64)))
 
 
-def angle_of(shifts: Shifts) -> float:
+def angle_of(shifts: Shifts, layers: str) -> float:
     """Return the angle in degrees."""
-    return float(np.degrees(np.arctan(slope_of(shifts))))
+    return float(np.degrees(np.arctan(slope_of(shifts, layers))))
 
 
 def print_detection(seeds: dict[int, dict[int, dict[str, list[Shifts]]]]) -> None:
@@ -149,34 +153,39 @@ def print_detection(seeds: dict[int, dict[int, dict[str, list[Shifts]]]]) -> Non
     clean = sum(task > CALIBRATE for s in seeds.values() for task in s)
     print(f"\n{clean} clean tasks, {counts['base']} base, {counts['bait']} bait, {len(seeds)} seeds")
     columns = [f"{attack}: {figure}" for attack in ("base", "bait") for figure in ("ACC", "CLEAN", "ATTACK", "F1")]
-    print(f"\n| threshold | trainings | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}")
+    print(f"\n| layers | threshold | trainings | {' | '.join(columns)} |\n|---|---|---|{'---|' * len(columns)}")
     ways: list[tuple[str, str, float]] = [("repeats", aggregate, 1.0) for aggregate in AGGREGATES]
-    ways += [("history", "max", 1.0), ("history", "max", 1.25), ("history", "max", 1.5)]
-    for way, aggregate, margin in ways:
+    ways += [("repeats", "p90", 1.25), ("history", "max", 1.0), ("history", "max", 1.25)]
+    for layers, (way, aggregate, margin) in product(("norms", "all"), ways):
         cells = []
         for attack in ("base", "bait"):
-            flagged, poisoned = judge(seeds, attack, way, aggregate, margin)
+            flagged, poisoned = judge(seeds, attack, way, aggregate, margin, layers)
             scores = detection_scores(torch.tensor(flagged), torch.tensor(poisoned))
             cells += [f"{100 * value:.1f}" for value in scores[:3]] + [f"{scores.f1:.2f}"]
         name = f"{way}: {aggregate}" + (f", margin {margin}" if margin != 1 else "")
-        print(f"| {name} | {RUNS + 1 if way == 'repeats' else 1} | {' | '.join(cells)} |")
+        print(f"| {layers} | {name} | {RUNS + 1 if way == 'repeats' else 1} | {' | '.join(cells)} |")
 
 
 def judge(
-    seeds: dict[int, dict[int, dict[str, list[Shifts]]]], attack: str, way: str, aggregate: Any, margin: float
+    seeds: dict[int, dict[int, dict[str, list[Shifts]]]],
+    attack: str,
+    way: str,
+    aggregate: Any,
+    margin: float,
+    layers: str,
 ) -> tuple[list[bool], list[bool]]:
     """Judge every clean and every poisoned task as the detector does."""
     flagged, poisoned = [], []
     for tasks in seeds.values():
-        runs = [angle_of(shifts) for shifts in tasks[CALIBRATE]["clean"]]
+        runs = [angle_of(shifts, layers) for shifts in tasks[CALIBRATE]["clean"]]
         known = runs if way == "repeats" else runs[:1]
         for task in sorted(task for task in tasks if task > CALIBRATE):
             limit = clean_limit(known, "angle", aggregate, margin)
             assert limit is not None
-            own = angle_of(tasks[task]["clean"][0])
+            own = angle_of(tasks[task]["clean"][0], layers)
             for kind in ("clean", attack):
                 if kind in tasks[task]:
-                    flagged.append(not angle_of(tasks[task][kind][0]) <= limit)
+                    flagged.append(not angle_of(tasks[task][kind][0], layers) <= limit)
                     poisoned.append(kind != "clean")
             if way == "history" and own <= limit:
                 known = [*known, own]

@@ -45,8 +45,8 @@ class PoisonDetector(ContinualCallback):
     ``poison_report.json`` and ``poison_shift.png`` into the log directory.
 
     Args:
-        layers: Shell patterns of the layers to compare, in the order of the module; all layers with weights if
-            ``None``. The first one only counts with ``relative``.
+        layers: Shell patterns of the layers to compare, in the order of the module. ``None`` takes the norms where
+            there are two at least, else all layers with weights. The first one only counts with ``relative``.
         statistic: What is compared with the threshold: the "angle" in degrees, or its tangent, the "slope". They differ
             where a threshold is interpolated between runs.
         space: Whether the layers' outputs move ("activation") or their weights ("parameter").

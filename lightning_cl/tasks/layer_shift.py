@@ -17,6 +17,8 @@ from lightning_cl.tasks.probes import choose
 from lightning_cl.tasks.stream import ReplayStream
 from lightning_cl.tasks.task import Task
 
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm)
+
 
 class OutputSums:
     """Sum up what some layers put out over samples, while the ``with`` block lasts.
@@ -76,7 +78,8 @@ class LayerStates:
     """Take the state of a module's layers now and again, to be compared with `shifts_between`.
 
     Args:
-        patterns: Shell patterns of the layers; all layers with weights if ``None``.
+        patterns: Shell patterns of the layers. ``None`` takes the norms where outputs are compared and there are two at
+            least, since these bring what comes before them to one scale; else all layers with weights.
         space: Whether the state of a layer is its mean output ("activation") or its weights ("parameter").
         samples: Training samples of a task that outputs are averaged over, drawn once; all if ``None``.
     """
@@ -103,6 +106,9 @@ class LayerStates:
             layers = layers_matching(pl_module, self._patterns)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from None
+        if self._patterns is None and self._space == "activation":
+            norms: dict[str, nn.Module] = {name: layer for name, layer in layers.items() if isinstance(layer, _NORMS)}
+            layers = norms if len(norms) > 1 else layers
         if len(layers) < 2:
             raise MisconfigurationException(
                 f"`layers={self._patterns}` must match two layers at least, to compare them; it matches"

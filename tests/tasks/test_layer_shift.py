@@ -168,6 +168,17 @@ def test_layers_of_a_torchvision_network_are_looked_at():
     assert taken["net.conv1.0"].shape == (24,)  # over positions, too
 
 
+def test_of_a_network_with_norms_these_are_looked_at():
+    taken = _look(Looks(), TorchvisionModule())
+    assert len(taken) > 2
+    norms = {name for name, layer in TorchvisionModule().named_modules() if isinstance(layer, nn.BatchNorm2d)}
+    assert set(taken) == norms
+
+
+def test_one_norm_alone_is_looked_at_beside_the_other_layers():
+    assert list(_look(Looks(), Plain(batch_norm=True))) == ["net.0", "net.1", "net.4"]
+
+
 class Silent(Plain):
     """With layers that are not called, and one whose output is no tensor."""
 
