@@ -120,8 +120,8 @@ class ElasticWeightConsolidation(Regulariser):
         return {**super().state_dict(), **saved}
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+    def restore(self, state_dict: dict[str, Any]) -> None:
+        super().restore(state_dict)
         self.importance, self.anchor, self._flat = state_dict["importance"], state_dict["anchor"], None
 
     @override

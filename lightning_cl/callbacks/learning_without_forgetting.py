@@ -122,6 +122,6 @@ class LearningWithoutForgetting(Regulariser):
         return {**super().state_dict(), "teacher": teacher}
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+    def restore(self, state_dict: dict[str, Any]) -> None:
+        super().restore(state_dict)
         self.teacher = state_dict["teacher"]

@@ -277,6 +277,8 @@ class PoisonDetector(ContinualCallback):
                         f"The checkpoint is from a PoisonDetector with `{name}={saved!r}`, this one has"
                         f" `{name}={own!r}`: tasks would be judged by what cannot be compared. Resume with the same."
                     )
+        elif self.record:  # a test judges nothing, and must not replace the record of a fit
+            return
         self.record, self._runs = copy.deepcopy(state_dict["record"]), list(state_dict["runs"])
         self._before = {name: tensor.clone() for name, tensor in state_dict["before"].items()}
 

@@ -168,6 +168,23 @@ def test_a_checkpoint_can_be_tested(saved, name):
         assert "test_acc" in result
 
 
+def test_a_test_with_a_checkpoint_leaves_the_record_of_the_fit(saved):
+    detector = PoisonDetector(threshold=89)
+    trainer, module = fit_watched(detector)
+    before = detector.state_dict()
+    sequence = ClassIncremental(DigitsToPredict(), num_tasks=3)
+    trainer.test(module, datamodule=sequence, ckpt_path=saved / "epoch=3.ckpt", verbose=False)
+    assert same(detector.state_dict(), before)
+
+
+def test_a_test_with_a_checkpoint_shows_its_record_to_a_new_detector(saved):
+    detector = PoisonDetector()
+    sequence = ClassIncremental(DigitsToPredict(), num_tasks=3)
+    trainer = quiet_trainer(callbacks=[detector])
+    trainer.test(NoisyNet(), datamodule=sequence, ckpt_path=saved / "epoch=3.ckpt", verbose=False)
+    assert [entry["verdict"] for entry in detector.record] == ["calibration"]
+
+
 # ------------------------------------------------------------------ another detector
 
 

@@ -60,6 +60,15 @@ def test_a_run_that_goes_on_from_a_checkpoint_without_a_past_is_told_so(kind, tm
         fit_stream([kind()], Plain, DigitsData(), ckpt_path=tmp_path / "epoch=0.ckpt")
 
 
+def test_a_test_with_a_checkpoint_leaves_what_the_fit_learnt(kind, tmp_path):
+    callback, checkpoint = kind(), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    trainer, module = fit_stream([callback, checkpoint], Plain, DigitsData(), enable_checkpointing=True)
+    before = callback.state_dict()
+    path = tmp_path / "epoch=1.ckpt"
+    trainer.test(module, datamodule=trainer.datamodule, ckpt_path=path, verbose=False)
+    assert same(callback.state_dict(), before)
+
+
 def _odd_parts(value):
     """What in a state is neither a tensor with a storage of its own nor plain Python."""
     if isinstance(value, torch.Tensor):
