@@ -165,6 +165,8 @@ def differences(end: Any, other: Any, path: str = "") -> list[str]:
             d for key in end.keys() | other.keys() for d in differences(end.get(key), other.get(key), f"{path}/{key}")
         ]
     if isinstance(end, (list, tuple)):
+        if len(end) != len(other):
+            return [path]
         return [d for i, (a, b) in enumerate(zip(end, other, strict=True)) for d in differences(a, b, f"{path}/{i}")]
     if isinstance(end, Tensor):
         same = end.shape == other.shape and torch.equal(

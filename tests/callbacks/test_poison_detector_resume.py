@@ -109,6 +109,12 @@ def test_a_resumed_run_ends_the_same_with_every_behaviour_of_the_suite(place, th
     assert differences(end, _run("replay", ckpt_path=folder / place)[1]) == []
 
 
+@pytest.mark.parametrize("place", _places({"9.ckpt", "21.ckpt"}))
+def test_a_resumed_run_ends_the_same_with_what_holds_the_network_to_its_past(place, through):
+    _, end, folder = through("held")
+    assert differences(end, _run("held", ckpt_path=folder / place)[1]) == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 def test_a_resumed_run_ends_the_same_with_dark_replay(place, through):

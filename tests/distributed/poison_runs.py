@@ -17,9 +17,12 @@ from lightning_cl.callbacks import (
     ContinualMetrics,
     DarkExperienceReplay,
     EarlyExits,
+    ElasticWeightConsolidation,
+    LearningWithoutForgetting,
     NearestMeanClassifier,
     PoisonDetector,
     Replay,
+    SampleScreen,
     StabilityGapTracker,
     TaskEarlyStopping,
 )
@@ -28,7 +31,6 @@ from lightning_cl.tasks import ContinualCallback, Task, TaskClock
 from tests.distributed.replay_runs import GLOBAL_BATCH
 from tests.distributed.runs import DigitsOfSize
 
-# whatever the suite has that keeps a state over tasks; a new behaviour is to be added here
 BEHAVIOURS: tuple[Any, ...] = (
     NearestMeanClassifier,
     partial(EarlyExits, ["*.3"], regime="joint", print_table=False),
@@ -36,29 +38,35 @@ BEHAVIOURS: tuple[Any, ...] = (
     partial(StabilityGapTracker, every_n_steps=2, probe_size=8),
     partial(ContinualMetrics, print_table=False),
 )
-MEMORIES = {"replay": partial(Replay, 30), "der": partial(DarkExperienceReplay, 30)}
+# Whatever the suite has that keeps a state over tasks; a new behaviour is to be added to one of these. What holds the
+# network to its past refuses early exits.
+SETS: dict[str, tuple[Any, ...]] = {
+    "replay": (partial(Replay, 30), *BEHAVIOURS),
+    "der": (partial(DarkExperienceReplay, 30), *BEHAVIOURS),
+    "held": (LearningWithoutForgetting, partial(ElasticWeightConsolidation, weight=1.0), SampleScreen),
+}
 
 
-def everything(memory: str = "replay") -> list[Callback]:
-    """Make one of each behaviour."""
-    return [MEMORIES[memory](), *(make() for make in BEHAVIOURS)]
+def everything(name: str = "replay") -> list[Callback]:
+    """Make one of each behaviour of a set."""
+    return [make() for make in SETS[name]]
 
 
 @dataclass(frozen=True)
 class Watched:
     """Make the callbacks of a run: everything with a detector; hashable and picklable."""
 
-    memory: str | None = "replay"
+    behaviours: str | None = "replay"
     options: tuple[tuple[str, Any], ...] = ()
 
     def __call__(self) -> list[Callback]:
-        rest = [] if self.memory is None else everything(self.memory)
+        rest = [] if self.behaviours is None else everything(self.behaviours)
         # the runs that are resumed have a `ContinualMetrics` of their own
         return [PoisonDetector(**dict(self.options)), *(c for c in rest if not isinstance(c, ContinualMetrics))]
 
 
-def watched(memory: str | None = "replay", **options: Any) -> Watched:
-    return Watched(memory, tuple(options.items()))
+def watched(behaviours: str | None = "replay", **options: Any) -> Watched:
+    return Watched(behaviours, tuple(options.items()))
 
 
 class AfterUndoing(ContinualCallback):
@@ -120,13 +128,13 @@ class Run:
     """A stream of five tasks with a detector."""
 
     options: tuple[tuple[str, Any], ...]
-    memory: str | None = None
+    behaviours: str | None = None
     net: type[Net] = Net
     per_class: int = 24
 
 
-def run_of(memory: str | None = None, net: type[Net] = Net, **options: Any) -> Run:
-    return Run(tuple(options.items()), memory, net)
+def run_of(behaviours: str | None = None, net: type[Net] = Net, **options: Any) -> Run:
+    return Run(tuple(options.items()), behaviours, net)
 
 
 def run_all(ranks: int, runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -144,7 +152,7 @@ def _run(ranks: int, run: Run) -> dict[str, Any]:
         strategy="ddp" if ranks > 1 else "auto",
         limit_val_batches=1.0,
         num_sanity_val_steps=0,
-        callbacks=[*([] if run.memory is None else everything(run.memory)), detector, undone, ended],
+        callbacks=[*([] if run.behaviours is None else everything(run.behaviours)), detector, undone, ended],
     )
     net = run.net("cosine")
     data = DigitsOfSize(run.per_class, batch_size=GLOBAL_BATCH // ranks)
