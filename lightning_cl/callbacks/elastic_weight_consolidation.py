@@ -7,6 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.nn import Parameter
 from typing_extensions import override
 
 from lightning_cl.arguments import check_choice, check_number
@@ -85,9 +86,9 @@ class ElasticWeightConsolidation(Regulariser):
     ) -> Tensor | None:
         if not self.anchor or not self.knows_tasks:
             return None
-        named = dict(pl_module.named_parameters())
+        named = self._checked_parameters(pl_module)
         if self._flat is None:
-            self._flatten(pl_module, named)
+            self._flatten(pl_module)
         anchor, importance = self._flat  # type: ignore[misc]
         moved = (torch.cat([named[name].flatten() for name in self.anchor]) - anchor).float()
         return self.weight / 2 * (importance * moved * moved).sum()
@@ -96,6 +97,7 @@ class ElasticWeightConsolidation(Regulariser):
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
         if not self.knows_tasks:
             return
+        named = self._checked_parameters(pl_module)
         head = {id(part) for part in layer_named(pl_module, self.layer).parameters()}
         trained = {n: p for n, p in pl_module.named_parameters() if p.requires_grad and id(p) not in head}
         if not trained and not self.importance:
@@ -106,7 +108,6 @@ class ElasticWeightConsolidation(Regulariser):
         mask = self.class_mask() if self.task_classes_only else None
         fisher = DiagonalFisher(self.call, self.fisher, mask)
         new = fisher.over_task(trainer, pl_module, self.stream, task.index, list(trained)) if trained else {}
-        named = dict(pl_module.named_parameters())
         self.importance = {**self.importance, **{name: self._fused(name, part) for name, part in new.items()}}
         self.anchor = {name: named[name].detach().clone() for name in self.importance}
         self._flat = None
@@ -134,12 +135,13 @@ class ElasticWeightConsolidation(Regulariser):
 
     def _fused(self, name: str, new: Tensor) -> Tensor:
         past = self.importance.get(name)
-        if past is None or past.shape != new.shape:
+        if past is None:
             return new
         return self.alpha * past.to(new.device) + (1 - self.alpha) * new
 
-    def _flatten(self, pl_module: LightningModule, named: dict[str, Any]) -> None:
-        """Lay weights and their importance out as one vector each, which a step is quick with."""
+    def _checked_parameters(self, pl_module: LightningModule) -> dict[str, Parameter]:
+        """Return the parameters by name, among which must be those that are held, in their shapes."""
+        named = dict(pl_module.named_parameters())
         for name, part in self.anchor.items():
             if name not in named or named[name].shape != part.shape:
                 now = "is gone" if name not in named else f"has the shape {tuple(named[name].shape)} now"
@@ -148,6 +150,10 @@ class ElasticWeightConsolidation(Regulariser):
                     f" {type(pl_module).__name__}, which had the shape {tuple(part.shape)}, {now}. Only the"
                     f" classification layer (`head={self.layer!r}`) may change its shape."
                 )
+        return named
+
+    def _flatten(self, pl_module: LightningModule) -> None:
+        """Lay weights and their importance out as one vector each, which a step is quick with."""
         vectors = []
         for parts in (self.anchor, self.importance):
             vector = torch.cat([part.to(pl_module.device).flatten() for part in parts.values()])

@@ -276,6 +276,20 @@ def test_a_layer_that_changes_its_shape_is_refused():
         fit_stream([ElasticWeightConsolidation()], Widens, DigitsData())
 
 
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_train_epoch_end"])
+def test_a_layer_that_goes_during_a_task_is_refused(hook):
+    class Loses(Plain):
+        pass
+
+    def lose(module, *_):
+        if module.trainer.datamodule.current_task.index == 1:
+            module.net[0] = nn.Linear(64, 24, bias=False)
+
+    setattr(Loses, hook, lose)
+    with pytest.raises(MisconfigurationException, match=r"'net.0.bias' of Loses, .*\(24,\), is gone"):
+        fit_stream([ElasticWeightConsolidation()], Loses, DigitsData())
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
