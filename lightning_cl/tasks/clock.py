@@ -293,7 +293,8 @@ class TaskClock(Callback):
                     f"Task {progress.task} was refused, but there is no copy to go back to: a callback that may return"
                     " False from `accept_task` must have `wants_rollback` return True."
                 )
-            rollback.go_back(trainer, pl_module, self._copy, keep=self, parts=self._parts)
+            renews = self.stream.reset_optimizer
+            rollback.go_back(trainer, pl_module, self._copy, keep=self, parts=self._parts, renews_optimizers=renews)
             send(trainer, pl_module, "on_task_rejected", self.task)
             if self._repeat_as is None:
                 progress.rejected.append(progress.task)

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -122,7 +123,12 @@ def take_copy(trainer: Trainer, keep: Callback) -> dict[str, Any]:
 
 
 def go_back(
-    trainer: Trainer, pl_module: LightningModule, saved: Mapping[str, Any], keep: Callback, parts: Parts | None
+    trainer: Trainer,
+    pl_module: LightningModule,
+    saved: Mapping[str, Any],
+    keep: Callback,
+    parts: Parts | None,
+    renews_optimizers: bool,
 ) -> None:
     """Put the run back to a copy; the copy stays usable.
 
@@ -131,14 +137,22 @@ def go_back(
         pl_module: The module.
         saved: The copy.
         keep: One more callback, whose state is not undone.
-        parts: What the run consisted of; ``None`` if it is not known, after a resume.
+        parts: What the run consisted of; ``None`` if it is not known, after a resume. Optimizers whose groups of
+            parameters the copy does not fit then stay as they are.
+        renews_optimizers: Whether each task gets new optimizers, so that it does not matter if those stay.
     """
     if parts is not None:
         parts.layers.put_back()
         parts.optimizers.put_back(trainer)
     run = _cloned(saved["run"])
     if parts is None and not _fits(run["optimizer_states"], trainer):
-        run["optimizer_states"], run["lr_schedulers"] = [], []  # the next task gets new optimizers anyway
+        run["optimizer_states"], run["lr_schedulers"] = [], []
+        if not renews_optimizers:
+            rank_zero_warn(
+                "A task is undone after a resume, but not what its optimizers remember of it (such as momentum): they"
+                " have other groups of parameters than at its start, and `reset_optimizer=False` lets them go on. Say"
+                " `reset_optimizer=True`, or keep the groups the same for all tasks."
+            )
     compat.load_run(trainer, pl_module, run, keep)
     restore_random_states(saved["random"], trainer.global_rank)
 

@@ -148,6 +148,32 @@ def test_a_task_with_an_optimizer_of_its_own_can_be_undone_after_a_resume(tmp_pa
     assert same(through.state_dict(), resumed.state_dict())
 
 
+class MoreGroups(Net):
+    """Trains one more layer from task 1 on, in a group of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.added = nn.Linear(2, 2)
+
+    def on_task_start(self, task: Task) -> None:
+        if task.index == 1:
+            self.trainer.optimizers[0].add_param_group({"params": list(self.added.parameters())})
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.layer.parameters(), lr=0.05, momentum=0.9)
+        if self.trainer.datamodule.current_task.index > 0:  # type: ignore[attr-defined]
+            optimizer.add_param_group({"params": list(self.added.parameters())})
+        return optimizer
+
+
+def test_momentum_that_cannot_be_undone_after_a_resume_is_warned_of(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    fit(Judge(task=1), checkpoint, directory=tmp_path, module=MoreGroups, reset_optimizer=False)
+    path = str(tmp_path / "epoch=2.ckpt")
+    with pytest.warns(UserWarning, match=r"undone after a resume, but not .* momentum\).*`reset_optimizer=True`"):
+        fit(Judge(task=1), ckpt_path=path, module=MoreGroups, reset_optimizer=False)
+
+
 class Scripted(Net):
     """Has layers that TorchScript runs."""
 
