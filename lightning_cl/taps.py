@@ -120,14 +120,34 @@ class ClassMask:
         self.classes = tuple(classes)
         self._hidden = torch.empty(0, dtype=torch.bool)
 
-    def __call__(self, logits: Tensor) -> Tensor:
-        """Return logits ``(batch, classes)`` or ``(batch, classes, height, width)`` without the others' scores."""
-        dim = 1 if logits.ndim == 4 else -1
+    def __call__(self, logits: Tensor, dim: int = -1) -> Tensor:
+        """Return logits without the scores of the other classes.
+
+        Args:
+            logits: What a classification layer puts out.
+            dim: The dimension that has the classes: see `class_dimension`.
+        """
         if len(self._hidden) != logits.shape[dim] or self._hidden.device != logits.device:
             hidden = torch.ones(logits.shape[dim], dtype=torch.bool)
             hidden[[label for label in self.classes if label < len(hidden)]] = False
             self._hidden = hidden.to(logits.device)
-        return logits.masked_fill(self._hidden.view(-1, 1, 1) if dim == 1 else self._hidden, _HIDDEN)
+        after = logits.ndim - 1 - dim % logits.ndim
+        return logits.masked_fill(self._hidden.view(-1, *[1] * after), _HIDDEN)
+
+
+def class_dimension(layer: nn.Module) -> int:
+    """Return the dimension of a layer's output that has the classes: 1 of a convolution's, else the last.
+
+    Of a layer that consists of others, the last one with weights tells.
+
+    Example::
+
+        >>> class_dimension(nn.Conv2d(8, 3, 1)), class_dimension(nn.Linear(8, 3))
+        (1, -1)
+    """
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    kinds = [isinstance(part, convolutions) for part in layer.modules() if isinstance(part, (nn.Linear, *convolutions))]
+    return 1 if kinds and kinds[-1] else -1
 
 
 class LogitTap:
@@ -177,7 +197,7 @@ class LogitTap:
     def _hide(self, layer: nn.Module, inputs: Any, output: Any) -> Any:
         if self._mask is None or not isinstance(output, Tensor) or _untapped.get():
             return None
-        return self._mask(output)
+        return self._mask(output, class_dimension(layer))
 
 
 @contextmanager

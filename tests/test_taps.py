@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import weight_norm as old_weight_norm
 from torch.nn.utils.parametrizations import weight_norm
 
-from lightning_cl.taps import LayerTap, OutputReplacement, find_head, layers_matching, own_outputs
+from lightning_cl.taps import ClassMask, LayerTap, LogitTap, OutputReplacement, find_head, layers_matching, own_outputs
 
 
 class Net(nn.Module):
@@ -299,6 +299,28 @@ def test_a_name_that_is_no_layer_is_shown_with_the_layers():
     assert "`head='fc'` names no layer of Net" in error
     assert "'backbone.0'" in error
     assert "'head'" in error
+
+
+# ------------------------------------------------------------------ classes that are hidden
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "dim"),
+    [
+        (nn.Linear(8, 3), (2, 8), 1),
+        (nn.Linear(8, 3), (2, 3, 3, 8), 3),
+        (nn.Conv2d(8, 3, 1), (2, 8, 3, 3), 1),
+        (nn.Conv1d(8, 3, 1), (2, 8, 3), 1),
+        (nn.Sequential(nn.Linear(3, 3), nn.Conv2d(8, 3, 1), nn.Identity()), (2, 8, 3, 3), 1),
+    ],
+    ids=["linear", "linear of positions", "convolution", "convolution of sequences", "in a sequence"],
+)
+def test_classes_are_hidden_where_the_layer_has_them(layer, shape, dim):
+    with LogitTap(layer, ClassMask([0, 2])) as tap:
+        logits = layer(torch.ones(shape))
+    hidden = (logits != tap.logits).movedim(dim, 0)
+    assert [bool(part.all()) for part in hidden] == [False, True, False]
+    assert not hidden[[0, 2]].any()
 
 
 # ------------------------------------------------------------------ layers by pattern
