@@ -9,9 +9,11 @@ clean run of the same seed. ``cost`` times training and the detector in one run,
 """
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,11 +133,15 @@ def class_accuracies(module: nn.Module, folder: Path) -> np.ndarray:
     return np.array([(predicted[test["labels"] == label] == label).mean() for label in range(CLASSES)])
 
 
-def damage(folder: Path, seeds: int, known: dict[tuple[Run, int], Outcome]) -> None:
+Known = dict[tuple[Run, int], Outcome]
+
+
+def damage(folder: Path, seeds: int, known: Known, learners: Sequence[str] = LEARNERS) -> None:
     """Print what the attacks change, by learner."""
-    rows = [Run(), *(Run("LwF", *attack) for attack in ATTACKS)]
-    for learner in LEARNERS[1:]:
-        rows += [Run(learner), Run(learner, "bait", "contrast")]
+    rows = []
+    for learner in learners:
+        attacks = ATTACKS if learner == "LwF" else ATTACKS[-1:]
+        rows += [Run(learner), *(Run(learner, *attack) for attack in attacks)]
     print("\n| learner | attack | task 3 | before | after |\n|---|---|---|---|---|")
     for run in rows:
         pairs = [
@@ -150,7 +156,7 @@ def damage(folder: Path, seeds: int, known: dict[tuple[Run, int], Outcome]) -> N
         print(f"| {run.learner} | {name} | {' | '.join(cells)} |", flush=True)
 
 
-def recovery(folder: Path, seeds: int, known: dict[tuple[Run, int], Outcome]) -> None:
+def recovery(folder: Path, seeds: int, known: Known) -> None:
     """Print what detection and rollback give back of the accuracy on the other tasks."""
     print("\n| attack | seed | undone | clean | poisoned | with detector | given back |\n|---|---|---|---|---|---|---|")
     for attack, corruption in ATTACKS:
@@ -166,7 +172,7 @@ def recovery(folder: Path, seeds: int, known: dict[tuple[Run, int], Outcome]) ->
             print(f"| {attack}, {corruption} | {seed} | {tasks} | {figures} | {back} |", flush=True)
 
 
-def outcome_of(run: Run, folder: Path, seed: int, known: dict[tuple[Run, int], Outcome]) -> Outcome:
+def outcome_of(run: Run, folder: Path, seed: int, known: Known) -> Outcome:
     """Return the outcome of a run, trained at most once; a clean one does not depend on the corruption."""
     run = run._replace(corruption="gaussian_blur") if run.attack == "clean" else run
     if (run, seed) not in known:
@@ -259,10 +265,15 @@ def main() -> None:
     parser.add_argument("parts", nargs="+", choices=["damage", "recovery", "cost"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--per-class", type=int, default=200, help="training images of each class")
+    parser.add_argument("--learners", nargs="+", choices=LEARNERS, default=LEARNERS, help="for damage")
+    parser.add_argument("--save", type=Path, help="where to keep the outcomes, as JSON")
+    parser.add_argument("--load", type=Path, nargs="*", default=[], help="such files, not to train again")
     arguments = parser.parse_args()
     silence()
     torch.set_num_threads(1)
-    known: dict[tuple[Run, int], Outcome] = {}
+    known: Known = {}
+    for path in arguments.load:
+        known.update({(Run(*run), seed): Outcome(*outcome) for run, seed, outcome in json.loads(path.read_text())})
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_part(folder, arguments.per_class)
@@ -270,8 +281,12 @@ def main() -> None:
             if part == "cost":
                 (folder / "cost").mkdir()
                 cost(folder / "cost")
+            elif part == "damage":
+                damage(folder, arguments.seeds, known, arguments.learners)
             else:
-                {"damage": damage, "recovery": recovery}[part](folder, arguments.seeds, known)
+                recovery(folder, arguments.seeds, known)
+            if arguments.save is not None:
+                arguments.save.write_text(json.dumps([[run, seed, outcome] for (run, seed), outcome in known.items()]))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from benchmarks.quiet import quiet_trainer, silence
 from lightning_cl.callbacks import LearningWithoutForgetting
 from lightning_cl.datamodules import ClassIncremental, PoisonedTask, Rotate
 from lightning_cl.datamodules.sequence import TaskSequence
-from lightning_cl.metrics.poisoning import AGGREGATES, clean_limit, detection_scores, shift_slope
+from lightning_cl.metrics.poisoning import AGGREGATES, DetectionScores, clean_limit, detection_scores, shift_slope
 from lightning_cl.tasks import ContinualCallback, Task, TaskClock, TaskDataset
 from lightning_cl.tasks.layer_shift import LayerStates, shifts_between
 from lightning_cl.tasks.loader import InputTransform
@@ -34,6 +34,7 @@ from lightning_cl.tasks.loader import InputTransform
 CORRUPTIONS = ("gaussian_blur", "contrast")
 NORMS = ("model.0.1", "model.1.1", "model.2.1")
 OTHERS = ("model.0.0", "model.1.0", "model.2.0", "model.4", "model.6")
+FIGURES = ("ACC", "CLEAN", "ATTACK", "F1", "F1 at 45:20")
 RUNS = 5
 CALIBRATE = 1
 Shifts = dict[str, float]
@@ -152,7 +153,7 @@ def print_detection(seeds: dict[int, dict[int, dict[str, list[Shifts]]]]) -> Non
     counts = {kind: sum(kind in tasks for s in seeds.values() for tasks in s.values()) for kind in ("base", "bait")}
     clean = sum(task > CALIBRATE for s in seeds.values() for task in s)
     print(f"\n{clean} clean tasks, {counts['base']} base, {counts['bait']} bait, {len(seeds)} seeds")
-    columns = [f"{attack}: {figure}" for attack in ("base", "bait") for figure in ("ACC", "CLEAN", "ATTACK", "F1")]
+    columns = [f"{attack}: {figure}" for attack in ("base", "bait") for figure in FIGURES]
     print(f"\n| layers | threshold | trainings | {' | '.join(columns)} |\n|---|---|---|{'---|' * len(columns)}")
     ways: list[tuple[str, str, float]] = [("repeats", aggregate, 1.0) for aggregate in AGGREGATES]
     ways += [("repeats", "p90", 1.25), ("history", "max", 1.0), ("history", "max", 1.25)]
@@ -161,9 +162,15 @@ def print_detection(seeds: dict[int, dict[int, dict[str, list[Shifts]]]]) -> Non
         for attack in ("base", "bait"):
             flagged, poisoned = judge(seeds, attack, way, aggregate, margin, layers)
             scores = detection_scores(torch.tensor(flagged), torch.tensor(poisoned))
-            cells += [f"{100 * value:.1f}" for value in scores[:3]] + [f"{scores.f1:.2f}"]
+            cells += [f"{100 * value:.1f}" for value in scores[:3]] + [f"{scores.f1:.2f}", f"{f1_at(scores):.2f}"]
         name = f"{way}: {aggregate}" + (f", margin {margin}" if margin != 1 else "")
         print(f"| {layers} | {name} | {RUNS + 1 if way == 'repeats' else 1} | {' | '.join(cells)} |")
+
+
+def f1_at(scores: DetectionScores, clean: int = 45, poisoned: int = 20) -> float:
+    """Return the F1 of these rates among the paper's tasks: where few are poisoned, false alarms weigh more."""
+    hits, alarms = scores.true_positive_rate * poisoned, (1 - scores.true_negative_rate) * clean
+    return 2 * hits / (hits + poisoned + alarms)
 
 
 def judge(
