@@ -212,7 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--alarm-seeds", type=int, default=3)
+    parser.add_argument("--alarm-seeds", type=int, default=2)
     parser.add_argument("--per-class", type=int, default=200, help="training images of each class")
     parser.add_argument("--save", type=Path, help="where to keep what was measured, as JSON")
     parser.add_argument("--load", type=Path, nargs="*", default=[], help="such files, instead of training")

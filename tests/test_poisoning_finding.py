@@ -40,7 +40,7 @@ class Streams:
 
 @pytest.fixture(scope="module")
 def streams(tmp_path_factory: pytest.TempPathFactory) -> Streams:
-    return Streams(write_part(tmp_path_factory.mktemp("cifar"), per_class=120))
+    return Streams(write_part(tmp_path_factory.mktemp("cifar"), per_class=200))
 
 
 def test_a_bait_damages_the_tasks_before_it(streams: Streams) -> None:
