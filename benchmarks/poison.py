@@ -41,7 +41,7 @@ from lightning_cl.models import build_backbone
 from lightning_cl.tasks import ContinualCallback, Task, TaskClock, rollback
 
 TASK = 3
-ATTACKS = (("base", "gaussian_blur"), ("bait", "gaussian_blur"), ("bait", "contrast"))
+ATTACKS = (("bait", "contrast"), ("bait", "gaussian_blur"), ("base", "gaussian_blur"))
 LEARNERS = ("LwF", "2000 exemplars", "joint")
 
 
@@ -133,20 +133,42 @@ def class_accuracies(module: nn.Module, folder: Path) -> np.ndarray:
     return np.array([(predicted[test["labels"] == label] == label).mean() for label in range(CLASSES)])
 
 
-Known = dict[tuple[Run, int], Outcome]
+class Outcomes:
+    """Outcomes of runs, each trained at most once.
+
+    Args:
+        folder: Where the data are.
+        save: A file that keeps them.
+    """
+
+    def __init__(self, folder: Path, save: Path | None = None) -> None:
+        self._folder = folder
+        self._save = save
+        self._known: dict[tuple[Run, int], Outcome] = {}
+
+    def load(self, path: Path) -> None:
+        """Take in what such a file kept."""
+        self._known.update({(Run(*run), seed): Outcome(*rest) for run, seed, rest in json.loads(path.read_text())})
+
+    def of(self, run: Run, seed: int) -> Outcome:
+        """Return the outcome of a run; a clean one does not depend on the corruption."""
+        run = run._replace(corruption="none") if run.attack == "clean" else run
+        if (run, seed) not in self._known:
+            self._known[run, seed] = run.outcome(self._folder, seed)
+            if self._save is not None:
+                self._save.write_text(json.dumps([[*key, outcome] for key, outcome in self._known.items()]))
+        return self._known[run, seed]
 
 
-def damage(folder: Path, seeds: int, known: Known, learners: Sequence[str] = LEARNERS) -> None:
+def damage(outcomes: Outcomes, seeds: int, learners: Sequence[str] = LEARNERS) -> None:
     """Print what the attacks change, by learner."""
     rows = []
     for learner in learners:
-        attacks = ATTACKS if learner == "LwF" else ATTACKS[-1:]
+        attacks = ATTACKS if learner == "LwF" else ATTACKS[:1]
         rows += [Run(learner), *(Run(learner, *attack) for attack in attacks)]
     print("\n| learner | attack | task 3 | before | after |\n|---|---|---|---|---|")
     for run in rows:
-        pairs = [
-            (outcome_of(run, folder, s, known), outcome_of(Run(run.learner), folder, s, known)) for s in range(seeds)
-        ]
+        pairs = [(outcomes.of(run, seed), outcomes.of(Run(run.learner), seed)) for seed in range(seeds)]
         cells = []
         for part in ("poisoned", "before", "after"):
             values = [getattr(own, part) for own, _ in pairs]
@@ -156,13 +178,13 @@ def damage(folder: Path, seeds: int, known: Known, learners: Sequence[str] = LEA
         print(f"| {run.learner} | {name} | {' | '.join(cells)} |", flush=True)
 
 
-def recovery(folder: Path, seeds: int, known: Known) -> None:
+def recovery(outcomes: Outcomes, seeds: int) -> None:
     """Print what detection and rollback give back of the accuracy on the other tasks."""
     print("\n| attack | seed | undone | clean | poisoned | with detector | given back |\n|---|---|---|---|---|---|---|")
     for attack, corruption in ATTACKS:
         for seed in range(seeds):
             clean, poisoned, undone = (
-                outcome_of(Run("LwF", a, corruption, d), folder, seed, known)
+                outcomes.of(Run("LwF", a, corruption, d), seed)
                 for a, d in (("clean", False), (attack, False), (attack, True))
             )
             lost = clean.others - poisoned.others
@@ -170,14 +192,6 @@ def recovery(folder: Path, seeds: int, known: Known) -> None:
             figures = " | ".join(f"{100 * outcome.others:.1f}" for outcome in (clean, poisoned, undone))
             tasks = ", ".join(map(str, undone.flagged)) or "none"
             print(f"| {attack}, {corruption} | {seed} | {tasks} | {figures} | {back} |", flush=True)
-
-
-def outcome_of(run: Run, folder: Path, seed: int, known: Known) -> Outcome:
-    """Return the outcome of a run, trained at most once; a clean one does not depend on the corruption."""
-    run = run._replace(corruption="gaussian_blur") if run.attack == "clean" else run
-    if (run, seed) not in known:
-        known[run, seed] = run.outcome(folder, seed)
-    return known[run, seed]
 
 
 class Meter(ContinualCallback):
@@ -271,22 +285,19 @@ def main() -> None:
     arguments = parser.parse_args()
     silence()
     torch.set_num_threads(1)
-    known: Known = {}
-    for path in arguments.load:
-        known.update({(Run(*run), seed): Outcome(*outcome) for run, seed, outcome in json.loads(path.read_text())})
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_part(folder, arguments.per_class)
+        outcomes = Outcomes(write_part(folder, arguments.per_class), arguments.save)
+        for path in arguments.load:
+            outcomes.load(path)
         for part in arguments.parts:
             if part == "cost":
                 (folder / "cost").mkdir()
                 cost(folder / "cost")
             elif part == "damage":
-                damage(folder, arguments.seeds, known, arguments.learners)
+                damage(outcomes, arguments.seeds, arguments.learners)
             else:
-                recovery(folder, arguments.seeds, known)
-            if arguments.save is not None:
-                arguments.save.write_text(json.dumps([[run, seed, outcome] for (run, seed), outcome in known.items()]))
+                recovery(outcomes, arguments.seeds)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.poison import Outcome, Run, outcome_of
+from benchmarks.poison import Outcome, Outcomes, Run
 from benchmarks.poison_streams import DATA, write_part
 
 SEEDS = 3
@@ -25,11 +25,10 @@ class Streams:
     """Outcomes of streams on part of CIFAR-100, each trained once for all tests."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._known: dict[tuple[Run, int], Outcome] = {}
+        self._outcomes = Outcomes(folder)
 
     def outcomes(self, run: Run) -> list[Outcome]:
-        return [outcome_of(run, self._folder, seed, self._known) for seed in range(SEEDS)]
+        return [self._outcomes.of(run, seed) for seed in range(SEEDS)]
 
     def damage(self, learner: str) -> np.ndarray:
         """What the bait changes of the accuracy on the tasks before it, by seed."""
