@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from rich.progress import track
+from rich.progress import Progress
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
@@ -53,14 +53,17 @@ def read_labels(dataset: Dataset[Any], structure: BatchStructure) -> Tensor:
     labels = known_labels(dataset) if structure.target_key is None else None
     if labels is not None:
         return labels
-    with forked_cpu_generators():  # random transforms draw from them
-        samples = track(
-            range(len(dataset)),  # type: ignore[arg-type]
-            description="Reading labels",
-            transient=True,
-            disable=getattr(rank_zero_only, "rank", 0) > 0,
-        )
-        return torch.tensor([_label(structure.find_targets(dataset[index])) for index in samples], dtype=torch.long)
+    count = len(dataset)  # type: ignore[arg-type]
+    silent = getattr(rank_zero_only, "rank", 0) > 0
+    # `rich.progress.track` is a generator: one that a sample's error leaves open is closed whenever Python collects it,
+    # and where that is in Rich's own thread, it waits for itself
+    with forked_cpu_generators(), Progress(transient=True, disable=silent) as progress:  # random transforms draw
+        bar = progress.add_task("Reading labels", total=count)
+        labels = torch.empty(count, dtype=torch.long)
+        for index in range(count):
+            labels[index] = _label(structure.find_targets(dataset[index]))
+            progress.advance(bar)
+    return labels
 
 
 def labels_of_task(data: TaskDataset, structure: BatchStructure, read: bool) -> Tensor | None:

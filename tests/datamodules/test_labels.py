@@ -1,3 +1,5 @@
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -129,3 +131,19 @@ def test_reading_labels_leaves_nothing_on_a_screen_that_is_no_terminal(capsys):
 def test_a_sample_without_a_label_is_an_error_that_names_the_argument(make):
     with pytest.raises(ValueError, match=r"no class labels: expected one integer a sample.*`target_key=...`"):
         read_labels(Samples(make), BatchStructure())
+
+
+def test_an_error_of_a_sample_leaves_no_thread_of_the_progress_bar():
+    class Breaks(Dataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            raise RuntimeError("broken")
+
+    before = set(threading.enumerate())
+    with pytest.raises(RuntimeError, match="broken") as error:
+        read_labels(Breaks(), BatchStructure())
+    for thread in set(threading.enumerate()) - before:  # while `error` still holds the frames
+        thread.join(timeout=5)
+        assert not thread.is_alive(), error
