@@ -151,13 +151,16 @@ def class_dimension(layer: nn.Module) -> int:
 
 
 class LogitTap:
-    """Keep what a classification layer puts out, and let a mask change what others get of it, in a ``with`` block.
+    """Keep what a classification layer gets and puts out, and let a mask change what others get of it.
+
+    That is, while the ``with`` block lasts.
 
     Args:
         layer: The classification layer.
         mask: Hides classes from whatever comes after the layer.
 
     Attributes:
+        features: The layer's last input; ``None`` until then.
         logits: The layer's last output, as it was before any mask; ``None`` until then.
 
     Example::
@@ -171,6 +174,7 @@ class LogitTap:
     """
 
     def __init__(self, layer: nn.Module, mask: ClassMask | None = None) -> None:
+        self.features: Tensor | None = None
         self.logits: Tensor | None = None
         self._layer = layer
         self._mask = mask
@@ -178,7 +182,7 @@ class LogitTap:
 
     def __enter__(self) -> "LogitTap":
         # before all other hooks, since another tap may mask too
-        self._handles.append(self._layer.register_forward_hook(self._keep, prepend=True))
+        self._handles.append(self._layer.register_forward_hook(self._keep, prepend=True, with_kwargs=True))
         if self._mask is not None:
             self._handles.append(self._layer.register_forward_hook(self._hide))
         return self
@@ -189,9 +193,9 @@ class LogitTap:
         self._handles = []
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _keep(self, layer: nn.Module, inputs: Any, output: Any) -> None:
+    def _keep(self, layer: nn.Module, inputs: Any, named: dict[str, Any], output: Any) -> None:
         if isinstance(output, Tensor) and not _untapped.get():
-            self.logits = output
+            self.features, self.logits = first_tensor(inputs, named), output
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _hide(self, layer: nn.Module, inputs: Any, output: Any) -> Any:

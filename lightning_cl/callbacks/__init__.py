@@ -1,5 +1,6 @@
 """Callbacks: behaviours that change training or prediction, and observers that measure."""
 
+from lightning_cl.callbacks.anti_collapse import AntiCollapse
 from lightning_cl.callbacks.continual_metrics import ContinualMetrics
 from lightning_cl.callbacks.dark_experience_replay import DarkExperienceReplay
 from lightning_cl.callbacks.early_exits import EarlyExits
@@ -7,6 +8,7 @@ from lightning_cl.callbacks.elastic_weight_consolidation import ElasticWeightCon
 from lightning_cl.callbacks.learning_without_forgetting import LearningWithoutForgetting
 from lightning_cl.callbacks.nearest_mean_classifier import NearestMeanClassifier
 from lightning_cl.callbacks.poison_detector import PoisonDetector
+from lightning_cl.callbacks.projected_distillation import ProjectedDistillation
 from lightning_cl.callbacks.replay import Replay
 from lightning_cl.callbacks.sample_screen import SampleScreen
 from lightning_cl.callbacks.stability_gap_tracker import StabilityGapTracker
@@ -14,6 +16,7 @@ from lightning_cl.callbacks.task_progress_bar import TaskProgressBar
 from lightning_cl.tasks.early_stopping import TaskEarlyStopping
 
 __all__ = [
+    "AntiCollapse",
     "ContinualMetrics",
     "DarkExperienceReplay",
     "EarlyExits",
@@ -21,6 +24,7 @@ __all__ = [
     "LearningWithoutForgetting",
     "NearestMeanClassifier",
     "PoisonDetector",
+    "ProjectedDistillation",
     "Replay",
     "SampleScreen",
     "StabilityGapTracker",

@@ -55,6 +55,11 @@ class Regulariser(ContinualCallback):
         self._read_classes: dict[int, tuple[int, ...]] = {}
         self._tap: LogitTap | None = None
 
+    @property
+    def name(self) -> str:
+        """What it is called in errors and warnings."""
+        return type(self).__name__
+
     def reset(self) -> None:
         """Forget all tasks: a fit begins."""
         self.classes = ()
@@ -75,7 +80,7 @@ class Regulariser(ContinualCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._stream is None:
             return
-        name = type(self).__name__
+        name = self.name
         try:
             for task in self._stream.tasks:
                 self._stream.check_labels(task.index)
@@ -98,7 +103,7 @@ class Regulariser(ContinualCallback):
         task = self._stream.current_task
         if task.index > 0 and not self.classes:
             rank_zero_warn(
-                f"{type(self).__name__} begins at task {task.index} ({task.name}) without a past: the checkpoint holds"
+                f"{self.name} begins at task {task.index} ({task.name}) without a past: the checkpoint holds"
                 " none, so nothing holds the network in this task."
             )
 
@@ -162,7 +167,7 @@ class Regulariser(ContinualCallback):
     def stream(self) -> ReplayStream:
         """The tasks of the running fit."""
         if self._stream is None:
-            raise RuntimeError(f"{type(self).__name__} was asked outside a fit of a task sequence.")
+            raise RuntimeError(f"{self.name} was asked outside a fit of a task sequence.")
         return self._stream
 
     @property
@@ -174,14 +179,14 @@ class Regulariser(ContinualCallback):
     def layer(self) -> str:
         """Name of the classification layer."""
         if self._layer is None:
-            raise RuntimeError(f"{type(self).__name__} was asked for its layer outside a fit of a task sequence.")
+            raise RuntimeError(f"{self.name} was asked for its layer outside a fit of a task sequence.")
         return self._layer
 
     @property
     def call(self) -> WithWeights:
         """Calls the module for logits, with any weights."""
         if self._call is None:
-            raise RuntimeError(f"{type(self).__name__} was asked for logits before training began.")
+            raise RuntimeError(f"{self.name} was asked for logits before training began.")
         return self._call
 
     def classes_of(self, task: Task) -> tuple[int, ...]:
@@ -210,7 +215,7 @@ class Regulariser(ContinualCallback):
         """
         if self._tap is None or self._tap.logits is None:
             raise ValueError(
-                f"{type(self).__name__} reads the logits of `head={self.layer!r}` in each training step, and"
+                f"{self.name} reads the logits of `head={self.layer!r}` in each training step, and"
                 " `training_step` did not call that layer. Name the one that it calls with `head=...`."
             )
         return pool_positions(self._tap.logits)
@@ -239,20 +244,24 @@ class Regulariser(ContinualCallback):
             ValueError: If the step put another number of rows through the layer than the batch has.
         """
         student = self.student_logits()
-        if len(wanted) != len(student):
-            raise ValueError(
-                f"`training_step` put {len(student)} rows through `head={self.layer!r}` at last, and the batch has"
-                f" {len(wanted)}, so {type(self).__name__} cannot compare them. Let the step call the layer once, with"
-                " a row for each sample."
-            )
+        self.check_rows(wanted, student)
         past = [label for label in self.classes if label < min(wanted.shape[1], student.shape[1])]
         return wanted[:, past].float(), student[:, past].float()
+
+    def check_rows(self, wanted: Tensor, own: Tensor) -> None:
+        """Refuse to compare what teacher and student say of different numbers of rows."""
+        if len(wanted) != len(own):
+            raise ValueError(
+                f"`training_step` put {len(own)} rows through `head={self.layer!r}` at last, and the batch has"
+                f" {len(wanted)}, so {self.name} cannot compare them. Let the step call the layer once, with"
+                " a row for each sample."
+            )
 
     def _with_past(self, classes: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(sorted({*self.classes, *classes}))
 
     def _check(self, trainer: Trainer, stream: ReplayStream) -> None:
-        name = type(self).__name__
+        name = self.name
         if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
             raise MisconfigurationException(
                 f"{name} keeps a whole copy of the weights, and `Trainer(strategy=...)` is"

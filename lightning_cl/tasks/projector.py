@@ -1,0 +1,66 @@
+"""The network that projected distillation trains beside the module."""
+
+from collections.abc import Iterator
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+
+from lightning_cl.hashing import mix
+from lightning_cl.heads.feature_adapter import FeatureAdapter
+from lightning_cl.tasks.random_state import forked_generators, seed_torch_generator
+from lightning_cl.tasks.rank_rows import reduce_gradients
+
+_SALT = 0x9C0DE
+
+
+class Projector:
+    """A `FeatureAdapter` that a run's optimizer trains, without being part of the module.
+
+    So neither the module's checkpoints nor its `state_dict` have it, and nothing is left on the module. It joins the
+    first optimizer's first group, where schedulers reach it, and its gradients are averaged over the ranks as DDP does.
+
+    Args:
+        width: Width of the features.
+        expansion: How many times wider its hidden layer is.
+        device: Where it is.
+    """
+
+    def __init__(self, width: int, expansion: int, device: torch.device) -> None:
+        with forked_generators():
+            self._network = FeatureAdapter(width, expansion)
+        self._device = device
+        self._network.to(device)
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Return features as the teacher might have them, ``(batch, width)``."""
+        return self._network(features).float()  # type: ignore[no-any-return]
+
+    def begin_task(self, seed: int, task: int) -> None:
+        """Draw all weights anew, the same ones on every rank and in every run of a seed."""
+        with forked_generators():
+            seed_torch_generator(mix(seed, _SALT, task))
+            self._network.cpu().reset_parameters()
+            self._network.to(self._device)
+
+    def join(self, trainer: Trainer) -> None:
+        """Be trained by the first optimizer."""
+        optimizer = trainer.optimizers[0]
+        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        optimizer.param_groups[0]["params"] += [p for p in self.parameters() if id(p) not in trained]
+
+    def average_gradients(self, trainer: Trainer) -> None:
+        """Give every rank the mean of the gradients; of what was averaged before, the mean is the same."""
+        reduce_gradients(trainer, self.parameters(), "mean")
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield its weights."""
+        return self._network.parameters()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return its weights by name."""
+        return self._network.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over weights by name."""
+        self._network.load_state_dict(state)
