@@ -1,5 +1,6 @@
 """Callbacks: behaviours that change training or prediction, and observers that measure."""
 
+from lightning_cl.callbacks.ada_gauss import AdaGauss
 from lightning_cl.callbacks.anti_collapse import AntiCollapse
 from lightning_cl.callbacks.continual_metrics import ContinualMetrics
 from lightning_cl.callbacks.dark_experience_replay import DarkExperienceReplay
@@ -17,6 +18,7 @@ from lightning_cl.callbacks.task_progress_bar import TaskProgressBar
 from lightning_cl.tasks.early_stopping import TaskEarlyStopping
 
 __all__ = [
+    "AdaGauss",
     "AntiCollapse",
     "ContinualMetrics",
     "DarkExperienceReplay",

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch.nn.functional as F
@@ -13,7 +14,11 @@ _OWN = ("mlp", "convnet", "resnet32", "resnet18_cifar")
 
 
 def build_backbone(
-    name: str, num_classes: int, input_shape: Sequence[int] = (3, 32, 32), weights: str | None = None
+    name: str,
+    num_classes: int,
+    input_shape: Sequence[int] = (3, 32, 32),
+    weights: str | None = None,
+    bottleneck: int | None = None,
 ) -> nn.Module:
     """Build a network from inputs to logits, whose last layer is one `nn.Linear` with `num_classes` outputs.
 
@@ -22,9 +27,10 @@ def build_backbone(
         num_classes: Number of logits.
         input_shape: Shape of one input: ``(channels, height, width)``, or ``(features,)`` for "mlp".
         weights: Name of torchvision's pretrained weights, such as "DEFAULT". The head is new in any case.
+        bottleneck: Width of a linear layer before the head, which then gets so many features; none if ``None``.
 
     Returns:
-        The network.
+        The network. With a bottleneck, its last layer is a sequence of two: ``bottleneck`` and ``classifier``.
 
     Raises:
         ValueError: If an argument is unknown, or they do not go together.
@@ -36,6 +42,10 @@ def build_backbone(
     """
     if num_classes < 1:
         raise ValueError(f"`num_classes` must be at least 1, got {num_classes}.")
+    if bottleneck is not None:
+        if bottleneck < 1:
+            raise ValueError(f"`bottleneck` must be at least 1, got {bottleneck}.")
+        return _narrowed(build_backbone(name, num_classes, input_shape, weights), num_classes, bottleneck)
     if name not in _OWN:
         return _build_torchvision(name, num_classes, input_shape, weights)
     if weights is not None:
@@ -194,12 +204,25 @@ def _build_torchvision(name: str, num_classes: int, input_shape: Sequence[int], 
 
 
 def _replace_head(model: nn.Module, name: str, num_classes: int) -> None:
-    linear = [key for key, module in model.named_modules() if isinstance(module, nn.Linear)]
+    parent, attribute, head = _head_of(model, name)
+    setattr(parent, attribute, nn.Linear(head.in_features, num_classes))
+
+
+def _narrowed(model: nn.Module, num_classes: int, width: int) -> nn.Module:
+    parent, attribute, head = _head_of(model, type(model).__name__)
+    layers = {"bottleneck": nn.Linear(head.in_features, width), "classifier": nn.Linear(width, num_classes)}
+    setattr(parent, attribute, nn.Sequential(OrderedDict(layers)))
+    return model
+
+
+def _head_of(model: nn.Module, name: str) -> tuple[nn.Module, str, nn.Linear]:
+    """Return a network's last linear layer, and where it stands."""
+    linear = {key: module for key, module in model.named_modules() if isinstance(module, nn.Linear)}
     if not linear:
         raise ValueError(f"`backbone`: {name} ends in a convolution; a model that ends in an `nn.Linear` is needed.")
-    parent, _, attribute = linear[-1].rpartition(".")
-    old = model.get_submodule(linear[-1])
-    setattr(model.get_submodule(parent), attribute, nn.Linear(old.in_features, num_classes))  # type: ignore[arg-type]
+    path, head = list(linear.items())[-1]
+    parent, _, attribute = path.rpartition(".")
+    return model.get_submodule(parent), attribute, head
 
 
 def _channels_of(name: str, input_shape: Sequence[int]) -> int:

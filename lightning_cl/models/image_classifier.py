@@ -29,6 +29,8 @@ class ImageClassifier(LightningModule):
         weights: Name of torchvision's pretrained weights, such as "DEFAULT".
         optimizer: What makes the optimizer from the parameters.
         lr_scheduler: What makes the learning-rate schedule, stepped each epoch, from the optimizer.
+        bottleneck: Width of a linear layer before the classification layer, for methods that keep figures of features,
+            such as covariances; none if ``None``.
 
     Raises:
         ValueError: If `backbone` or `weights` is unknown, or does not go with the other arguments.
@@ -48,14 +50,17 @@ class ImageClassifier(LightningModule):
         weights: str | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.05),
         lr_scheduler: LRSchedulerCallable | None = None,
+        bottleneck: int | None = None,
     ) -> None:
         super().__init__()
         if isinstance(backbone, str):
             self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
-            self.model = build_backbone(backbone, num_classes, input_shape, weights)
+            self.model = build_backbone(backbone, num_classes, input_shape, weights, bottleneck)
         else:
             if weights is not None:
                 raise ValueError(f"`weights` goes with the name of a torchvision model, got {weights!r} and a module.")
+            if bottleneck is not None:
+                raise ValueError(f"`bottleneck` goes with a backbone by name, got {bottleneck} and a module.")
             self.save_hyperparameters(ignore=["backbone", "optimizer", "lr_scheduler"])
             self.model = backbone
         self.num_classes = num_classes

@@ -39,6 +39,8 @@ class FeatureRegulariser(Regulariser):
         warmup: Share of a task's epochs in which nothing but the classification layer and the projector is trained.
         task_classes_only: Whether the module's loss sees the logits of the current task's classes alone.
         head: Name of the classification layer; found by its number of outputs if ``None``.
+        name: What it is called in errors, if it is a part of another callback.
+        keeps_teacher: Whether the teacher is kept for others even if nothing is distilled.
 
     Attributes:
         teacher: Weights and buffers of the last task's end, by name; ``None`` before.
@@ -55,6 +57,8 @@ class FeatureRegulariser(Regulariser):
         warmup: float = 0.0,
         task_classes_only: bool = True,
         head: str | None = None,
+        name: str | None = None,
+        keeps_teacher: bool = False,
     ) -> None:
         check_number("anti_collapse", anti_collapse, 0)
         check_number("bound", bound, 0, above=True)
@@ -69,10 +73,17 @@ class FeatureRegulariser(Regulariser):
         self.expansion = expansion
         self.reduction: Reduction = reduction
         self.warmup = warmup
+        self._name = name
+        self._keeps_teacher = keeps_teacher or distillation > 0
         self.teacher: Weights | None = None
         self.projector: Projector | None = None
         self._projector_state: Weights | None = None  # from a checkpoint, which is read before there is a projector
         self._wanted: Tensor | None = None  # the teacher's features of the batch in training
+
+    @property
+    @override
+    def name(self) -> str:
+        return self._name or super().name
 
     @override
     def reset(self) -> None:
@@ -166,7 +177,7 @@ class FeatureRegulariser(Regulariser):
     @override
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
         super().on_task_end(trainer, pl_module, task)
-        if self.projector is not None:
+        if self.knows_tasks and self._keeps_teacher:
             with evaluating(trainer, pl_module):  # there all ranks have the buffers of the first
                 self.teacher = copy_weights(pl_module)
 

@@ -101,3 +101,16 @@ def test_models_with_auxiliary_heads_give_plain_logits_in_training(name):
 def test_arguments_that_do_not_fit_are_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         build_backbone(**arguments)
+
+
+@pytest.mark.parametrize("name", ["mlp", "convnet", "resnet32", "resnet18"])
+def test_a_bottleneck_gives_the_head_so_many_features(name):
+    model = build_backbone(name, num_classes=10, input_shape=(3, 32, 32), bottleneck=16)
+    *_, narrow, head = (module for module in model.modules() if isinstance(module, nn.Linear))
+    assert (narrow.out_features, head.in_features, head.out_features) == (16, 16, 10)
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_a_bottleneck_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="`bottleneck` must be at least 1, got 0"):
+        build_backbone("mlp", num_classes=10, bottleneck=0)

@@ -162,3 +162,9 @@ class TestCommandLine:
         loaded = ImageClassifier.load_from_checkpoint(path, map_location="cpu")
         inputs = torch.randn(2, 1, 8, 8)
         assert loaded(inputs).equal(cli.model(inputs))
+
+
+def test_a_bottleneck_goes_with_a_backbone_by_name():
+    assert ImageClassifier("mlp", 10, (1, 8, 8), bottleneck=4)(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+    with pytest.raises(ValueError, match="`bottleneck` goes with a backbone by name, got 4 and a module"):
+        ImageClassifier(nn.Linear(2, 2), bottleneck=4)
