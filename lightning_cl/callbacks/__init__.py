@@ -6,6 +6,7 @@ from lightning_cl.callbacks.continual_metrics import ContinualMetrics
 from lightning_cl.callbacks.dark_experience_replay import DarkExperienceReplay
 from lightning_cl.callbacks.early_exits import EarlyExits
 from lightning_cl.callbacks.elastic_weight_consolidation import ElasticWeightConsolidation
+from lightning_cl.callbacks.freeze import Freeze
 from lightning_cl.callbacks.gaussian_classifier import GaussianClassifier
 from lightning_cl.callbacks.learning_without_forgetting import LearningWithoutForgetting
 from lightning_cl.callbacks.nearest_mean_classifier import NearestMeanClassifier
@@ -24,6 +25,7 @@ __all__ = [
     "DarkExperienceReplay",
     "EarlyExits",
     "ElasticWeightConsolidation",
+    "Freeze",
     "GaussianClassifier",
     "LearningWithoutForgetting",
     "NearestMeanClassifier",

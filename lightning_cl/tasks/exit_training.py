@@ -15,6 +15,7 @@ from lightning_cl.tasks.added_loss import with_loss
 from lightning_cl.tasks.batches import BatchStructure, as_labels
 from lightning_cl.tasks.exit_losses import ExitLosses, ensemble_loss
 from lightning_cl.tasks.exit_phases import Phase, PhasePlan
+from lightning_cl.tasks.standing_still import drop_gradients
 
 
 class ExitTraining:
@@ -113,10 +114,7 @@ class ExitTraining:
         if self.phase == "all":
             return
         heads = {id(parameter) for parameter in self._heads.parameters()}
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if (id(parameter) in heads) == (self.phase == "network"):
-                    parameter.grad = None
+        drop_gradients(optimizer, lambda parameter: (id(parameter) in heads) == (self.phase == "network"))
 
     def join(self, optimizer: Optimizer) -> None:
         """Let heads that an optimizer was not made with join its first group, where schedulers reach them.
