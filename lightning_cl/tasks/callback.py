@@ -21,7 +21,7 @@ class ContinualCallback(Callback):
 
     Example::
 
-        >>> class Freeze(ContinualCallback):
+        >>> class StopAfterFirstTask(ContinualCallback):
         ...     def on_task_end(self, trainer, pl_module, task):
         ...         if task.index == 0:
         ...             pl_module.backbone.requires_grad_(False)
