@@ -142,7 +142,7 @@ def test_manual_optimisation():
 def test_a_layer_that_a_task_puts_in_stands_still_as_well():
     class Replaces(Decays):
         def on_task_start(self, task):
-            if task.index == 1:
+            if task.index == 2:
                 self.net[0] = torch.nn.Linear(64, 24)
                 self.trainer.strategy.setup_optimizers(self.trainer)
                 self.new = self.net[0].weight.detach().clone()

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from command_line import OPTIONS, error_of, options_for
 from exit_streams import Deep
 from frozen_streams import HEAD, Decays, States, fit_frozen
@@ -72,6 +73,19 @@ def test_exit_heads_are_trained_on_frozen_layers_in_any_order(regime, layers):
         assert all(layer.training for layer in module.modules())
         runs.append(states.epochs)
     assert same(*runs)
+
+
+def test_a_callback_that_differentiates_by_what_layers_put_out_can_do_so():
+    class Differentiates(LearningWithoutForgetting):
+        needs_gradients = True
+
+        def training_loss(self, trainer, pl_module, batch, batch_idx, outputs):
+            logits = pl_module.net[4](pl_module.net[:4](batch[0]))
+            (gradient,) = torch.autograd.grad(logits.sum(), pl_module.net[0].weight)
+            return 0 * gradient.sum()
+
+    moved, _ = fit_frozen(Freeze(), Differentiates())
+    assert moved == [HEAD, HEAD]
 
 
 def test_a_network_frozen_whole_has_a_head_that_knows_all_classes():
