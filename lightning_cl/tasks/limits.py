@@ -69,33 +69,35 @@ class TaskLimits:
         ``trainer.max_steps`` and ``trainer.estimated_stepping_batches``.
         """
         fit_loop, epoch_loop = self._fit_loop, self._fit_loop.epoch_loop
-        shown = fit_loop.max_epochs, epoch_loop.max_steps, fit_loop.max_batches
+        shown, own_batches = (fit_loop.max_epochs, epoch_loop.max_steps), fit_loop.max_batches
         fit_loop.max_epochs, epoch_loop.max_steps = self.epochs(task), self._max_steps
         if not self._stream.reset_optimizer and len(self._stream.tasks) > 1:
-            self._show_stream()
+            own_batches = self._show_stream()
         whole_stream = fit_loop.max_batches
         try:
             yield
         finally:
-            fit_loop.max_epochs, epoch_loop.max_steps = shown[:2]
+            fit_loop.max_epochs, epoch_loop.max_steps = shown
             if fit_loop.max_batches == whole_stream:
-                fit_loop.max_batches = shown[2]
+                fit_loop.max_batches = own_batches
 
-    def _show_stream(self) -> None:
+    def _show_stream(self) -> int | float:
+        """Show the horizon of the whole stream, and return how many batches an epoch of the current task has."""
         fit_loop = self._fit_loop
         tasks = range(len(self._stream.tasks))
         epochs = [self.epochs(task) for task in tasks]
         if self._max_steps != -1:
             fit_loop.epoch_loop.max_steps = self._max_steps * len(tasks)
         if -1 in epochs:
-            return
+            return fit_loop.max_batches
         fit_loop.max_epochs = sum(epochs)
         batches = [self._limited(self._stream.batches_of(task)) for task in tasks]
         if any(count is None for count in batches):
-            return
+            return fit_loop.max_batches
         # the estimate is min(ceil(max_batches / accumulate) * max_epochs, max_steps): too high an estimate by the
         # longest task makes the second, exact number the smaller one
         fit_loop.setup_data()
+        own_batches = fit_loop.max_batches  # infinite before the data were there
         fit_loop.max_batches = max(count for count in batches if count is not None)
         accumulate = self._trainer.accumulate_grad_batches
         total = sum(
@@ -103,6 +105,7 @@ class TaskLimits:
         )
         if self._max_steps == -1 or total < fit_loop.epoch_loop.max_steps:
             fit_loop.epoch_loop.max_steps = total
+        return own_batches
 
     def _limited(self, batches: int | None) -> int | None:
         limit = self._trainer.limit_train_batches
