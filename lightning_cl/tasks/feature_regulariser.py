@@ -22,6 +22,7 @@ from lightning_cl.tasks.projector import Projector
 from lightning_cl.tasks.rank_rows import of_all_ranks
 from lightning_cl.tasks.regulariser import Regulariser
 from lightning_cl.tasks.sampler import TaskSampler
+from lightning_cl.tasks.standing_still import drop_gradients
 from lightning_cl.tasks.task import Task
 
 Reduction = Literal["mean", "sum"]
@@ -162,12 +163,9 @@ class FeatureRegulariser(Regulariser):
         clock = TaskClock.of(trainer)
         if not self.knows_tasks or clock is None or clock.progress.epochs >= int(self.warmup * clock.planned_epochs):
             return
-        trained = set(layer_named(pl_module, self.layer).parameters())
+        trained: set[Tensor] = set(layer_named(pl_module, self.layer).parameters())
         trained.update(() if self.projector is None else self.projector.parameters())
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter not in trained:
-                    parameter.grad = None
+        drop_gradients(optimizer, lambda parameter: parameter not in trained)
 
     @override
     def on_batch_trained(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
