@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
-from torchvision.datasets import FashionMNIST
 
+from benchmarks.arrays import write_part
 from benchmarks.quiet import quiet_trainer, silence
 from benchmarks.stream_overhead import DATA, Net
 from lightning_cl.callbacks import EarlyExits, Replay
@@ -72,29 +72,12 @@ def summary(exits: EarlyExits, summaries: Mapping[int, ExitSummary]) -> dict[str
     }
 
 
-def arrays_of(data: str, root: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return images and labels of both sets, the first of each class."""
-    sets = {}
-    for name, per_class in (("train", PER_CLASS[data]), ("test", 100)):
-        if data == "fashion":
-            source = FashionMNIST(str(root), train=name == "train")
-            images, labels = source.data.numpy(), source.targets.numpy()
-        else:
-            files = [np.load(path) for path in sorted((root / "cifar100").glob(f"{name}*.npz"))]
-            images = np.concatenate([file["images"] for file in files])
-            labels = np.concatenate([file["labels"] for file in files])
-        rows = np.concatenate([np.flatnonzero(labels == label)[:per_class] for label in range(CLASSES[data])])
-        sets[name] = images[rows], labels[rows].astype(np.int64)
-    return sets
-
-
 def run(data: str, root: Path, regime: Any, seed: int, epochs: int) -> dict[str, Any]:
     """Train a stream, and return its figures with the correction and without."""
     seed_everything(seed, verbose=False)
     exits = MeasuredTwice(LAYERS, regime, correction="tlc", threshold="auto:0.5pp", print_table=False)
     with tempfile.TemporaryDirectory() as folder:
-        for name, (images, labels) in arrays_of(data, root).items():
-            np.savez(Path(folder) / f"{name}.npz", images=images, labels=labels)
+        write_part(Path(folder), data, PER_CLASS[data], CLASSES[data], root=root)
         files = {name: str(Path(folder) / f"{name}.npz") for name in ("train", "test")}
         base = ArrayData(files["train"], val=files["test"], batch_size=32)
         trainer = quiet_trainer(

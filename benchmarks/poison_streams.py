@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from benchmarks import arrays
 from benchmarks.stream_overhead import DATA, Net
 from lightning_cl.datamodules import ArrayData
 
 CLASSES = 40
 CLASSES_PER_TASK = [20, 4, 4, 4, 4, 4]
 EPOCHS = [8, 6, 6, 6, 6, 6]
-MEAN, STD = [0.507, 0.487, 0.441], [0.267, 0.256, 0.276]
+MEAN, STD = arrays.NORMALISATION["cifar"].values()
 
 
 class Classifier(Net):
@@ -40,26 +41,13 @@ class ConvNet(Classifier):
 
 
 def write_part(folder: Path, per_class: int, root: Path = DATA) -> Path:
-    """Write the first images of each of the first classes as npz files.
-
-    Args:
-        folder: Where to.
-        per_class: Training images of each class; of the test images all are taken.
-        root: Folder that holds ``cifar100``.
-    """
-    for name, count in (("train", per_class), ("test", 100)):
-        files = [np.load(path) for path in sorted((root / "cifar100").glob(f"{name}*.npz"))]
-        images = np.concatenate([file["images"] for file in files])
-        labels = np.concatenate([file["labels"] for file in files])
-        rows = np.concatenate([np.flatnonzero(labels == label)[:count] for label in range(CLASSES)])
-        np.savez(folder / f"{name}.npz", images=images[rows], labels=labels[rows].astype(np.int64))
-    return folder
+    """Write the first images of each of the first classes; of the test images all."""
+    return arrays.write_part(folder, "cifar", per_class, CLASSES, root=root)
 
 
 def part_of_cifar(folder: Path, **settings: Any) -> ArrayData:
     """Return the DataModule of what `write_part` wrote."""
-    train, test = (str(folder / f"{name}.npz") for name in ("train", "test"))
-    return ArrayData(train, val=test, test=test, mean=MEAN, std=STD, **{"batch_size": 64, **settings})
+    return arrays.part_in(folder, "cifar", **{"batch_size": 64, **settings})
 
 
 def spread(values: Sequence[float], sign: bool = False) -> str:

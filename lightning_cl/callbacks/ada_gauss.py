@@ -208,39 +208,34 @@ class AdaGauss(GaussianCallback):
     def adapt(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
         if self.gaussians is None or self.training.teacher is None or self.adaptation == "none":
             return
-        before, after = self._features(trainer, pl_module, task)
-        seed, tries_out = self.stream.seed, bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-        training = replace(self.adapter_training, epochs=1) if tries_out else self.adapter_training
-        progress = partial(show_progress, trainer, description="Adapter")
-        adapter = training.run(trainer, before, after, seed, task.index, progress)
-        generator = torch.Generator().manual_seed(mix(seed, _SALT, task.index))
-        count = min(self.samples, _FEW) if tries_out else self.samples
-        device = pl_module.device
-        moved = adapt_gaussians(
-            self.gaussians, lambda features: adapter(features.to(device)), self.adaptation, count, generator
-        )
+        adapter = self.train_adapter(trainer, pl_module, task)
+        generator = torch.Generator().manual_seed(mix(self.stream.seed, _SALT, task.index))
+        count = min(self.samples, _FEW) if trainer.fast_dev_run else self.samples  # type: ignore[attr-defined]
+        moved = adapt_gaussians(self.gaussians, adapter, self.adaptation, count, generator)
         # computed on each rank from the same numbers, and the same to the bit all the same
         moved.load_state_dict(trainer.strategy.broadcast(moved.state_dict()))
         self.gaussians = moved
 
-    def _features(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> tuple[Tensor, Tensor]:
-        """Return the features of the task's samples before and after it, the same on every rank."""
+    def train_adapter(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> Callable[[Tensor], Tensor]:
+        """Return what maps features before a task to features after it; to be called on all ranks, at the task's end.
+
+        It takes features on any device.
+        """
 
         def of_batch(batch: Any) -> Tensor:
             views = [batch, self._flipped(batch)] if self.flips else [batch]
-            parts = [
-                torch.cat(
-                    [self.training.teacher_features(pl_module, view), self.features_of(pl_module, view).float()], 1
-                )
-                for view in views
-            ]
-            return torch.cat(parts, 1)
+            before = [self.training.teacher_features(pl_module, view) for view in views]
+            after = [self.features_of(pl_module, view).float() for view in views]
+            return torch.cat([*before, *after], dim=1)
 
         samples = torch.arange(self.stream.samples_of(task.index) or 0)
         rows = evaluate_samples(trainer, pl_module, self.stream, task.index, samples, of_batch)
-        before, after = rows.to(pl_module.device).chunk(2, dim=1)
-        width = self.shape[1]
-        return before.reshape(-1, width), after.reshape(-1, width)
+        before, after = (part.reshape(-1, self.shape[1]) for part in rows.to(pl_module.device).chunk(2, dim=1))
+        tries_out = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        training = replace(self.adapter_training, epochs=1) if tries_out else self.adapter_training
+        progress = partial(show_progress, trainer, description="Adapter")
+        adapter = training.run(trainer, before, after, self.stream.seed, task.index, progress)
+        return lambda features: adapter(features.to(before.device))
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
