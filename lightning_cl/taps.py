@@ -62,6 +62,59 @@ class LayerTap:
         return keep
 
 
+class ActivationTap:
+    """Keep the last output of some layers, so that what follows can be differentiated by it, in a ``with`` block.
+
+    What follows gets a copy: an operation in place does not reach what is kept. An output that nothing is trained for
+    begins to record gradients here.
+
+    Args:
+        layers: The layers by name.
+        only_own_step: Whether calls in an `untapped` block are left out.
+
+    Attributes:
+        outputs: The outputs by name, in the order in which the layers gave them.
+
+    Example::
+
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(inplace=True))
+        >>> with ActivationTap({"conv": net[0]}) as tap:
+        ...     total = net(torch.ones(1, 1, 4, 4)).sum()
+        >>> torch.autograd.grad(total, tap.outputs["conv"])[0].shape
+        torch.Size([1, 2, 2, 2])
+    """
+
+    def __init__(self, layers: dict[str, nn.Module], only_own_step: bool = False) -> None:
+        self.outputs: dict[str, Tensor] = {}
+        self._layers = layers
+        self._only_own_step = only_own_step
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> "ActivationTap":
+        for name, layer in self._layers.items():
+            self._handles.append(layer.register_forward_hook(self._keep(name)))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _keep(self, name: str) -> Any:
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def keep(layer: nn.Module, inputs: Any, output: Any) -> Tensor | None:
+            if not isinstance(output, Tensor) or not output.is_floating_point():
+                return None
+            if self._only_own_step and _untapped.get():
+                return None
+            self.outputs.pop(name, None)  # the order is that of the last calls
+            self.outputs[name] = output if output.requires_grad else output.detach().requires_grad_()
+            return self.outputs[name].clone()
+
+        return keep
+
+
 class OutputReplacement:
     """Let a head answer in place of a layer while the module is in eval mode; training sees the layer's own output.
 

@@ -9,6 +9,7 @@ from lightning_cl.callbacks.elastic_weight_consolidation import ElasticWeightCon
 from lightning_cl.callbacks.freeze import Freeze
 from lightning_cl.callbacks.gaussian_classifier import GaussianClassifier
 from lightning_cl.callbacks.learning_without_forgetting import LearningWithoutForgetting
+from lightning_cl.callbacks.learning_without_memorizing import LearningWithoutMemorizing
 from lightning_cl.callbacks.nearest_mean_classifier import NearestMeanClassifier
 from lightning_cl.callbacks.poison_detector import PoisonDetector
 from lightning_cl.callbacks.projected_distillation import ProjectedDistillation
@@ -28,6 +29,7 @@ __all__ = [
     "Freeze",
     "GaussianClassifier",
     "LearningWithoutForgetting",
+    "LearningWithoutMemorizing",
     "NearestMeanClassifier",
     "PoisonDetector",
     "ProjectedDistillation",

@@ -33,16 +33,20 @@ def on_device(weights: Weights, device: torch.device) -> Weights:
 
 
 @contextmanager
-def held_in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Hold a module in eval mode, without gradients, heads that stand in for layers, or draws of random numbers.
+def held_in_eval_mode(module: nn.Module, gradients: bool = False) -> Iterator[None]:
+    """Hold a module in eval mode, without heads that stand in for layers, draws of random numbers, or gradients.
 
     It does for each step what `evaluating` does for a whole evaluation, and costs less: buffers are not put back, since
     the weights that are used here are not the module's own.
+
+    Args:
+        module: The module.
+        gradients: Whether they are recorded after all, of what asks for them.
     """
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
-        with forked_generators(), torch.no_grad(), own_outputs(), untapped():
+        with forked_generators(), torch.set_grad_enabled(gradients), own_outputs(), untapped():
             yield
     finally:
         for part, training in modes:

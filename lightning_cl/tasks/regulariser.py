@@ -98,14 +98,18 @@ class Regulariser(ContinualCallback):
         # a layer that is named may grow with the classes
         width = {} if self.head is None else {"num_outputs": None}
         options = {"head": self.layer, "differentiable": self.needs_gradients, **width}
-        call, _ = find_call(trainer, pl_module, self._stream, **options)
+        call, few = find_call(trainer, pl_module, self._stream, **options)
         self._call = WithWeights(pl_module, call)
+        self.look_at_batch(trainer, pl_module, few)
         task = self._stream.current_task
         if task.index > 0 and not self.classes:
             rank_zero_warn(
                 f"{self.name} begins at task {task.index} ({task.name}) without a past: the checkpoint holds"
                 " none, so nothing holds the network in this task."
             )
+
+    def look_at_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        """Called before the first step with a few real samples on the device; `call` is known by then."""
 
     @override
     def around_training_step(
@@ -220,15 +224,18 @@ class Regulariser(ContinualCallback):
             )
         return pool_positions(self._tap.logits)
 
-    def logits_with(self, pl_module: LightningModule, weights: dict[str, Tensor], batch: Any) -> Tensor:
-        """Return the logits of a batch with other weights, in eval mode and without gradients, ``(batch, outputs)``.
+    def logits_with(
+        self, pl_module: LightningModule, weights: dict[str, Tensor], batch: Any, gradients: bool = False
+    ) -> Tensor:
+        """Return the logits of a batch with other weights, in eval mode, ``(batch, outputs)``.
 
         Args:
             pl_module: The module.
             weights: Parameters and buffers by name, on the module's device.
             batch: The batch, on the same device.
+            gradients: Whether operations on what requires gradients are recorded; the weights need not.
         """
-        with held_in_eval_mode(pl_module):
+        with held_in_eval_mode(pl_module, gradients):
             return self.call.with_weights(weights, batch)
 
     def past_logits(self, wanted: Tensor) -> tuple[Tensor, Tensor]:

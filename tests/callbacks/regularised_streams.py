@@ -3,12 +3,13 @@
 import copy
 
 import torch
+from torch import nn
 
-from lightning_cl.callbacks import ElasticWeightConsolidation, LearningWithoutForgetting
+from lightning_cl.callbacks import ElasticWeightConsolidation, LearningWithoutForgetting, LearningWithoutMemorizing
 from lightning_cl.tasks import ContinualCallback
-from tests.modules import Plain
+from tests.modules import Manual, Plain
 
-REGULARISERS = [LearningWithoutForgetting, ElasticWeightConsolidation]
+REGULARISERS = [LearningWithoutForgetting, ElasticWeightConsolidation, LearningWithoutMemorizing]
 HIDDEN = -1e4
 
 
@@ -57,3 +58,41 @@ class Batches(ContinualCallback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.steps.append(batch)
+
+
+class Convolved(Plain):
+    """A small network that looks at images; what comes after its maps is not linear."""
+
+    def __init__(self, lr=0.2, dropout=0.0, batch_norm=False):
+        super().__init__(lr)
+        self.net = _convolutions(dropout, batch_norm)
+
+
+class ConvolvedManual(Manual):
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.net = _convolutions()
+
+
+def _convolutions(dropout=0.0, batch_norm=False):
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 8, 8)),
+        nn.Conv2d(1, 6, 3, padding=1),
+        nn.BatchNorm2d(6) if batch_norm else nn.Identity(),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(dropout),
+        nn.Linear(96, 12),
+        nn.Tanh(),
+        nn.Linear(12, 6),
+    )
+
+
+def network_for(kind, **settings):
+    """A module that a regulariser can hold."""
+    return (Convolved if kind is LearningWithoutMemorizing else Plain)(**settings)
+
+
+def manual_for(kind, **settings):
+    return (ConvolvedManual if kind is LearningWithoutMemorizing else Manual)(**settings)

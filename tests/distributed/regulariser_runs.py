@@ -5,10 +5,12 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from torch import nn
 
 from benchmarks.quiet import quiet_trainer, silence
-from lightning_cl.callbacks import ElasticWeightConsolidation, LearningWithoutForgetting
+from lightning_cl.callbacks import ElasticWeightConsolidation, LearningWithoutForgetting, LearningWithoutMemorizing
 from lightning_cl.datamodules import ClassIncremental
+from lightning_cl.tasks.regulariser import Regulariser
 from tests.distributed.runs import DigitsOfSize, Net, RefuseTask
 
 GLOBAL_BATCH = 16
@@ -21,6 +23,22 @@ class StillNet(Net):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
+class ConvolvedNet(Net):
+    """A small net that looks at images."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        parts = [nn.Conv2d(1, 6, 3, padding=1), *layers, nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Flatten()]
+        self.layer = nn.Sequential(*parts, nn.Linear(96, 10))  # type: ignore[assignment]
+
+
+class NormedConvolvedNet(ConvolvedNet):
+    """Trains with batch norm that has other statistics on each rank, and with dropout."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Dropout(0.3), nn.BatchNorm2d(6))
+
+
 class Held(NamedTuple):
     """Make the callbacks of a run; hashable and picklable, unlike the callbacks themselves."""
 
@@ -28,7 +46,7 @@ class Held(NamedTuple):
     options: tuple[tuple[str, Any], ...] = ()
 
     def __call__(self) -> list[Callback]:
-        kinds = {"lwf": LearningWithoutForgetting, "ewc": ElasticWeightConsolidation}
+        kinds = {"lwf": LearningWithoutForgetting, "ewc": ElasticWeightConsolidation, "lwm": LearningWithoutMemorizing}
         return [kinds[self.name](**dict(self.options))]
 
 
@@ -75,7 +93,7 @@ def _run(ranks: int, run: Run) -> dict[str, Any]:
     )
     net = run.net()
     trainer.fit(net, datamodule=data)
-    assert isinstance(callback, (LearningWithoutForgetting, ElasticWeightConsolidation))
+    assert isinstance(callback, Regulariser)
     return {
         "state": callback.state_dict(),
         "terms": terms.values,

@@ -8,17 +8,26 @@ import torch
 from benchmarks.processes import run_ranks
 from benchmarks.resume import Kill, Setting, differences, kill_and_resume, uninterrupted
 from tests.distributed.nearest_mean_runs import NoisyNormedNet
-from tests.distributed.regulariser_runs import Held, Run, StillNet, held, run_all
+from tests.distributed.regulariser_runs import ConvolvedNet, Held, NormedConvolvedNet, Run, StillNet, held, run_all
 
 RUNS = {
     "lwf": Run(held("lwf", weight=2.0)),
+    "lwm": Run(held("lwm", gamma=3.0), ConvolvedNet),
     "ewc": Run(held("ewc", weight=50.0)),
     "ewc true": Run(held("ewc", weight=50.0, fisher="true")),
     # where ranks have unequal shares of a batch, DDP's mean is not that of one process: so nothing is trained here
     "ewc of uneven shares": Run(held("ewc", weight=50.0), StillNet, per_class=19),
 }
-NOISY = {"lwf": Run(held("lwf"), NoisyNormedNet), "ewc": Run(held("ewc", weight=10.0), NoisyNormedNet)}
-REFUSED = {"lwf": Run(held("lwf"), refuse=(1, 1)), "ewc": Run(held("ewc", weight=10.0), refuse=(1, 1))}
+NOISY = {
+    "lwf": Run(held("lwf"), NoisyNormedNet),
+    "ewc": Run(held("ewc", weight=10.0), NoisyNormedNet),
+    "lwm": Run(held("lwm"), NormedConvolvedNet),
+}
+REFUSED = {
+    "lwf": Run(held("lwf"), refuse=(1, 1)),
+    "ewc": Run(held("ewc", weight=10.0), refuse=(1, 1)),
+    "lwm": Run(held("lwm"), ConvolvedNet, refuse=(1, 1)),
+}
 RANKS = [2, pytest.param(4, marks=pytest.mark.slow)]
 ENDS: dict[int, dict[Run, list[dict[str, Any]]]] = {}
 
@@ -48,9 +57,10 @@ def test_the_fisher_information_is_that_of_a_run_on_one(name: str, ranks: int) -
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-def test_the_teacher_is_that_of_a_run_on_one(ranks: int) -> None:
-    [one] = _ends(RUNS["lwf"], 1)
-    for end in _ends(RUNS["lwf"], ranks):
+@pytest.mark.parametrize("name", ["lwf", "lwm"])
+def test_the_teacher_is_that_of_a_run_on_one(name: str, ranks: int) -> None:
+    [one] = _ends(RUNS[name], 1)
+    for end in _ends(RUNS[name], ranks):
         _close(end["state"]["teacher"], one["state"]["teacher"])
 
 
