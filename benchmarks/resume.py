@@ -31,20 +31,6 @@ EPOCHS = 3
 TASKS = 5
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What is run."""
-
-    schedule: Literal["cosine", "onecycle"] = "cosine"
-    workers: int = 0
-    ranks: int = 1
-    accumulate: int = 1
-    validate_every: float = 1.0
-    epochs: int = EPOCHS
-    callbacks: Callable[[], Sequence[Callback]] = tuple
-    seeded_once: bool = False  # only the run from the start gets its stream's seed from `seed_everything`
-
-
 class Net(BoringModel):
     """A small net with dropout and batch norm, and a schedule over its horizon."""
 
@@ -69,6 +55,21 @@ class Net(BoringModel):
         else:
             scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is run."""
+
+    schedule: Literal["cosine", "onecycle"] = "cosine"
+    workers: int = 0
+    ranks: int = 1
+    accumulate: int = 1
+    validate_every: float = 1.0
+    epochs: int = EPOCHS
+    callbacks: Callable[[], Sequence[Callback]] = tuple
+    net: Callable[[str], Net] = Net
+    seeded_once: bool = False  # only the run from the start gets its stream's seed from `seed_everything`
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def run_stream(setting: Setting, directory: str, kill: Kill | None, resume_from:
         enable_model_summary=False,
         callbacks=[metrics, *more, Killer(kill), *checkpoints],
     )
-    net = Net(setting.schedule)
+    net = setting.net(setting.schedule)
     trainer.fit(net, datamodule=data, ckpt_path=resume_from)
     return {
         "weights": {name: value.clone() for name, value in net.state_dict().items()},

@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from torch import nn
 
 from benchmarks.quiet import quiet_trainer, silence
+from benchmarks.resume import Net as ScheduledNet
 from lightning_cl.callbacks import ElasticWeightConsolidation, LearningWithoutForgetting, LearningWithoutMemorizing
 from lightning_cl.datamodules import ClassIncremental
 from lightning_cl.tasks.regulariser import Regulariser
@@ -37,6 +38,15 @@ class NormedConvolvedNet(ConvolvedNet):
 
     def __init__(self) -> None:
         super().__init__(nn.Dropout(0.3), nn.BatchNorm2d(6))
+
+
+class ScheduledConvolvedNet(ScheduledNet):
+    """The net of the runs that are killed, with maps to look at before its other layers."""
+
+    def __init__(self, schedule: str) -> None:
+        super().__init__(schedule)
+        maps = (nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(2))
+        self.layer = nn.Sequential(*maps, nn.Flatten(), nn.Linear(64, 64), *self.layer[1:])
 
 
 class Held(NamedTuple):

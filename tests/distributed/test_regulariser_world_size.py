@@ -8,7 +8,15 @@ import torch
 from benchmarks.processes import run_ranks
 from benchmarks.resume import Kill, Setting, differences, kill_and_resume, uninterrupted
 from tests.distributed.nearest_mean_runs import NoisyNormedNet
-from tests.distributed.regulariser_runs import ConvolvedNet, Held, NormedConvolvedNet, Run, StillNet, held, run_all
+from tests.distributed.regulariser_runs import (
+    ConvolvedNet,
+    NormedConvolvedNet,
+    Run,
+    ScheduledConvolvedNet,
+    StillNet,
+    held,
+    run_all,
+)
 
 RUNS = {
     "lwf": Run(held("lwf", weight=2.0)),
@@ -94,9 +102,17 @@ def test_a_veto_of_one_rank_undoes_it_on_all(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("callbacks", [held("lwf"), held("ewc", weight=10.0)], ids=["lwf", "ewc"])
-def test_resume_on_two_processes_gives_the_same_end(callbacks: Held) -> None:
-    setting = Setting("onecycle", 0, 2, epochs=1, callbacks=callbacks)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"callbacks": held("lwf")},
+        {"callbacks": held("ewc", weight=10.0)},
+        {"callbacks": held("lwm"), "net": ScheduledConvolvedNet},
+    ],
+    ids=["lwf", "ewc", "lwm"],
+)
+def test_resume_on_two_processes_gives_the_same_end(options: dict[str, Any]) -> None:
+    setting = Setting("onecycle", 0, 2, epochs=1, **options)
     end, saved = kill_and_resume(setting, Kill(52))
     assert saved == "step-step=49.ckpt"
     assert differences(uninterrupted(setting), end) == []
