@@ -65,16 +65,16 @@ class Convolved(Plain):
 
     def __init__(self, lr=0.2, dropout=0.0, batch_norm=False):
         super().__init__(lr)
-        self.net = _convolutions(dropout, batch_norm)
+        self.net = convolutions(dropout, batch_norm)
 
 
 class ConvolvedManual(Manual):
     def __init__(self, **settings):
         super().__init__(**settings)
-        self.net = _convolutions()
+        self.net = convolutions()
 
 
-def _convolutions(dropout=0.0, batch_norm=False):
+def convolutions(dropout=0.0, batch_norm=False):
     return nn.Sequential(
         nn.Unflatten(1, (1, 8, 8)),
         nn.Conv2d(1, 6, 3, padding=1),
