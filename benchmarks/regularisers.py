@@ -26,7 +26,7 @@ from lightning_cl.datamodules import ClassIncremental
 from lightning_cl.models import ImageClassifier
 from lightning_cl.tasks import Task
 
-BATCH, FIRST_TASK, STEPS = 128, 32, 4
+BATCH, FIRST_TASK, STEPS = 128, 96, 4
 LIMITS = {
     "naive": 1.0,
     "LearningWithoutForgetting": 1.45,

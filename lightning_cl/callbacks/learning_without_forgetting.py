@@ -6,10 +6,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_cl.tasks.teacher import TeacherRegulariser
+from lightning_cl.tasks.teacher import LogitDistiller
 
 
-class LearningWithoutForgetting(TeacherRegulariser):
+class LearningWithoutForgetting(LogitDistiller):
     r"""Distil the network of the last task's end into the one in training (LwF, Li and Hoiem, arXiv 1606.09282).
 
     To the module's loss comes, from the second task on, ``weight`` times the divergence of its softened prediction from

@@ -14,10 +14,10 @@ from lightning_cl.taps import ActivationTap, layer_named
 from lightning_cl.tasks.attention import attention_maps, check_second_derivative, find_map_layer
 from lightning_cl.tasks.evaluation import evaluating
 from lightning_cl.tasks.other_weights import Weights
-from lightning_cl.tasks.teacher import TeacherRegulariser
+from lightning_cl.tasks.teacher import LogitDistiller
 
 
-class LearningWithoutMemorizing(TeacherRegulariser):
+class LearningWithoutMemorizing(LogitDistiller):
     r"""Distil what the last task's network said, and where it looked (LwM, Dhar et al., arXiv 1811.08051).
 
     To the module's loss comes, from the second task on, ``weight`` times the divergence of `LearningWithoutForgetting`

@@ -1,6 +1,5 @@
 """What the callbacks share whose loss acts on the features that the classification layer gets."""
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -16,19 +15,18 @@ from lightning_cl.heads import pool_positions
 from lightning_cl.heads.anti_collapse import anti_collapse_loss
 from lightning_cl.taps import LayerTap, layer_named
 from lightning_cl.tasks.clock import TaskClock
-from lightning_cl.tasks.evaluation import evaluating
-from lightning_cl.tasks.other_weights import Weights, copy_weights, held_in_eval_mode, on_device
+from lightning_cl.tasks.other_weights import Weights, on_device
 from lightning_cl.tasks.projector import Projector
 from lightning_cl.tasks.rank_rows import of_all_ranks
-from lightning_cl.tasks.regulariser import Regulariser
 from lightning_cl.tasks.sampler import TaskSampler
 from lightning_cl.tasks.standing_still import drop_gradients
 from lightning_cl.tasks.task import Task
+from lightning_cl.tasks.teacher import TeacherRegulariser
 
 Reduction = Literal["mean", "sum"]
 
 
-class FeatureRegulariser(Regulariser):
+class FeatureRegulariser(TeacherRegulariser):
     """Base class of behaviours whose loss acts on the features: the input of the classification layer.
 
     Args:
@@ -75,11 +73,10 @@ class FeatureRegulariser(Regulariser):
         self.reduction: Reduction = reduction
         self.warmup = warmup
         self._name = name
-        self._keeps_teacher = keeps_teacher or distillation > 0
-        self.teacher: Weights | None = None
+        self.keeps_teacher = keeps_teacher or distillation > 0
+        self.asks_teacher = distillation > 0
         self.projector: Projector | None = None
         self._projector_state: Weights | None = None  # from a checkpoint, which is read before there is a projector
-        self._wanted: Tensor | None = None  # the teacher's features of the batch in training
 
     @property
     @override
@@ -89,7 +86,7 @@ class FeatureRegulariser(Regulariser):
     @override
     def reset(self) -> None:
         super().reset()
-        self.teacher = self.projector = self._projector_state = None
+        self.projector = self._projector_state = None
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -120,19 +117,11 @@ class FeatureRegulariser(Regulariser):
             self.projector.join(trainer)  # each task may have a new optimizer
 
     @override
-    def around_training_step(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        step: Callable[[Any], Any],
-    ) -> Any:
-        self._wanted = None
-        if self.projector is not None and self.teacher is not None:
-            # before the step, whose activations would stand in memory beside the teacher's
-            self._wanted = self.teacher_features(pl_module, batch)
-        return super().around_training_step(trainer, pl_module, batch, batch_idx, step)
+    def ask_teacher(self, pl_module: LightningModule, teacher: Weights, batch: Any) -> Tensor:
+        """Return the features of a batch under the teacher's weights, ``(batch, width)``."""
+        with LayerTap({self.layer: layer_named(pl_module, self.layer)}) as tap:
+            self.logits_with(pl_module, teacher, batch)
+        return pool_positions(tap.inputs[self.layer]).float()
 
     @override
     def training_loss(
@@ -146,9 +135,9 @@ class FeatureRegulariser(Regulariser):
             term = self._spread(trainer, features)
             if term is not None:
                 terms.append(self.anti_collapse * term)
-        if self.projector is not None and self._wanted is not None:
-            self.check_rows(self._wanted, features)
-            squares = F.mse_loss(self.projector(features), self._wanted, reduction="none")
+        if self.projector is not None and self.wanted is not None:
+            self.check_rows(self.wanted, features)
+            squares = F.mse_loss(self.projector(features), self.wanted, reduction="none")
             each = squares.mean(1) if self.reduction == "mean" else squares.sum(1)
             terms.append(self.distillation * each.mean())
         return sum(terms[1:], terms[0]) if terms else None
@@ -168,33 +157,20 @@ class FeatureRegulariser(Regulariser):
         drop_gradients(optimizer, lambda parameter: parameter not in trained)
 
     @override
-    def on_batch_trained(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
-        super().on_batch_trained(trainer, pl_module, batch_idx)
-        self._wanted = None
-
-    @override
-    def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
-        super().on_task_end(trainer, pl_module, task)
-        if self.knows_tasks and self._keeps_teacher:
-            with evaluating(trainer, pl_module):  # there all ranks have the buffers of the first
-                self.teacher = copy_weights(pl_module)
-
-    @override
     def forget(self) -> None:
         super().forget()
-        self._wanted = self.projector = None
-        if self.teacher is not None:
-            self.teacher = on_device(self.teacher, torch.device("cpu"))
+        self.projector = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
         projector = self._projector_state if self.projector is None else self.projector.state_dict()
-        return {**super().state_dict(), "teacher": _saved(self.teacher), "projector": _saved(projector)}
+        saved = None if projector is None else {name: part.cpu().clone() for name, part in projector.items()}
+        return {**super().state_dict(), "projector": saved}
 
     @override
     def restore(self, state_dict: dict[str, Any]) -> None:
         super().restore(state_dict)
-        self.teacher, self._projector_state = state_dict["teacher"], state_dict["projector"]
+        self._projector_state = state_dict["projector"]
         if self.projector is not None and self._projector_state is not None:
             self.projector.load_state_dict(self._projector_state)
 
@@ -214,9 +190,7 @@ class FeatureRegulariser(Regulariser):
         if self.teacher is None:
             raise RuntimeError(f"{self.name} was asked for its teacher before the first task had ended.")
         self.teacher = on_device(self.teacher, pl_module.device)
-        with held_in_eval_mode(pl_module), LayerTap({self.layer: layer_named(pl_module, self.layer)}) as tap:
-            self.call.with_weights(self.teacher, batch)
-        return pool_positions(tap.inputs[self.layer]).float()
+        return self.ask_teacher(pl_module, self.teacher, batch)
 
     def _spread(self, trainer: Trainer, features: Tensor) -> Tensor | None:
         """Return the anti-collapse loss of the whole batch; ``None`` for a rest of an epoch that is too small."""
@@ -242,10 +216,6 @@ class FeatureRegulariser(Regulariser):
                     f" `head={self.layer!r}` gets {width} features. Use a larger `batch_size`, or put a linear layer of"
                     " fewer features before the classification layer."
                 )
-
-
-def _saved(weights: Weights | None) -> Weights | None:
-    return None if weights is None else {name: tensor.cpu().clone() for name, tensor in weights.items()}
 
 
 def features_of_layer(layer: torch.nn.Module) -> int | None:
