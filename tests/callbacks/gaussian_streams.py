@@ -1,13 +1,11 @@
 """What tests of Gaussian heads share: streams to fit, and Gaussians computed by hand."""
 
 import torch
-from nearest_means import TEST_IMAGES, DigitsToPredict, NoisyNet, PredictingNet, features_of
+from nearest_means import DigitsToPredict, PredictingNet, features_of
 from numbered_streams import IMAGES, LABELS, fit_stream
 from torch import nn
 
 from lightning_cl.callbacks import GaussianClassifier
-
-__all__ = ["TEST_IMAGES", "DigitsToPredict", "FrozenNet", "NoisyNet", "PredictingNet", "by_hand", "fit_gaussian"]
 
 
 class FrozenNet(PredictingNet):
@@ -28,10 +26,17 @@ def fit_gaussian(gaussian=None, module=FrozenNet, others=(), **settings):
     return gaussian, trainer, module
 
 
-def by_hand(module, numbers=None):
-    """Return means and covariances of features of the digits with some numbers, class by class."""
-    numbers = torch.arange(len(LABELS)) if numbers is None else torch.as_tensor(numbers)
-    features, labels = features_of(module, IMAGES[numbers]), LABELS[numbers]
-    classes = labels.unique()
-    parts = [features[labels == label] for label in classes]
-    return torch.stack([p.mean(0) for p in parts]), torch.stack([p.T.cov() for p in parts])
+def assert_gaussians(gaussians, features, labels):
+    """Compare full Gaussians with those of features, taken class by class."""
+    assert gaussians.known.nonzero().flatten().tolist() == labels.unique().tolist()
+    for label in labels.unique():
+        own = features[labels == label]
+        assert gaussians.counts[label] == len(own)
+        torch.testing.assert_close(gaussians.means[label], own.mean(0), atol=1e-8, rtol=0)
+        torch.testing.assert_close(gaussians.covariances()[label], own.T.cov(), atol=1e-8, rtol=0)
+
+
+def features_of_tasks(module, *tasks):
+    """Return features and labels of the training samples of tasks of two digits, under the weights of now."""
+    numbers = [number for task in tasks for number in range(48 * task, 48 * task + 48)]
+    return features_of(module, IMAGES[numbers]), LABELS[numbers]

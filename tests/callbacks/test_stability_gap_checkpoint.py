@@ -14,6 +14,7 @@ from probed_streams import SIZE, fit_tracked
 from lightning_cl.callbacks import (
     ContinualMetrics,
     DarkExperienceReplay,
+    GaussianClassifier,
     NearestMeanClassifier,
     Replay,
     StabilityGapTracker,
@@ -42,6 +43,8 @@ RUNS = {
         {"nmc_refresh": 3},
     ),
     "nearest mean without a memory": (lambda: [NearestMeanClassifier(refresh="task")], NMC),
+    "gaussian": (lambda: [GaussianClassifier()], NMC),
+    "gaussian, after epochs": (lambda: [GaussianClassifier(refresh="epoch", covariance="full")], NMC),
     "rejected": (lambda: [Replay(20), NearestMeanClassifier(), Judge(1)], NMC),
     "repeated": (lambda: [Replay(20), NearestMeanClassifier(), Judge(1, [1])], NMC),
 }

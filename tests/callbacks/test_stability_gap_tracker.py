@@ -19,6 +19,7 @@ from probed_streams import (
 from lightning_cl.callbacks import (
     ContinualMetrics,
     DarkExperienceReplay,
+    GaussianClassifier,
     NearestMeanClassifier,
     Replay,
     StabilityGapTracker,
@@ -57,6 +58,7 @@ RUNS = {
     "dark, online": lambda: [DarkExperienceReplay(20, start="online")],
     "nearest mean": lambda: [Replay(20), NearestMeanClassifier(refresh=2)],
     "nearest mean without a memory": lambda: [NearestMeanClassifier(refresh="task")],
+    "gaussian": lambda: [GaussianClassifier()],
 }
 
 
@@ -64,7 +66,7 @@ def _run(callbacks, module=Odd, **settings):
     photographs = Photographs()
     settings = {"data": DigitsData(), "max_epochs": 2, "limit_val_batches": 1.0, **settings}
     trainer, _ = fit_stream([*callbacks, photographs], module, **settings)
-    heads = [c.state_dict() for c in callbacks if isinstance(c, NearestMeanClassifier)]
+    heads = [c.state_dict() for c in callbacks if isinstance(c, (GaussianClassifier, NearestMeanClassifier))]
     return photographs.steps, photographs.end, heads, trainer.callback_metrics["val_acc"]
 
 

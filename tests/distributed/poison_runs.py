@@ -18,6 +18,7 @@ from lightning_cl.callbacks import (
     DarkExperienceReplay,
     EarlyExits,
     ElasticWeightConsolidation,
+    GaussianClassifier,
     LearningWithoutForgetting,
     NearestMeanClassifier,
     PoisonDetector,
@@ -43,7 +44,12 @@ BEHAVIOURS: tuple[Any, ...] = (
 SETS: dict[str, tuple[Any, ...]] = {
     "replay": (partial(Replay, 30), *BEHAVIOURS),
     "der": (partial(DarkExperienceReplay, 30), *BEHAVIOURS),
-    "held": (LearningWithoutForgetting, partial(ElasticWeightConsolidation, weight=1.0), SampleScreen),
+    "held": (
+        LearningWithoutForgetting,
+        partial(ElasticWeightConsolidation, weight=1.0),
+        SampleScreen,
+        GaussianClassifier,
+    ),
 }
 
 

@@ -43,7 +43,7 @@ def test_of_a_poisoned_task_nothing_is_left_in_any_behaviour(behaviours: str, ra
     ("behaviours", "names"),
     [
         ("replay", {"NearestMeanClassifier", "EarlyExits", "Replay"}),
-        ("held", {"LearningWithoutForgetting", "ElasticWeightConsolidation", "SampleScreen"}),
+        ("held", {"LearningWithoutForgetting", "ElasticWeightConsolidation", "SampleScreen", "GaussianClassifier"}),
     ],
 )
 def test_what_is_compared_is_changed_by_a_task_that_is_kept(behaviours: str, names: set[str], ranks: int) -> None:
