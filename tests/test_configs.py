@@ -28,6 +28,7 @@ TEN_TASKS = {
     "nmc_split_cifar100",
     "nmc_cub200",
     "exits_resnet_cifar100",
+    "slda_frozen",
 }
 LONG = {  # large networks, or many tasks
     "derpp_split_cifar10",
@@ -39,6 +40,7 @@ LONG = {  # large networks, or many tasks
     "lwm_split_cifar100",
     "nmc_cub200",
     "nmc_split_cifar100",
+    "slda_frozen",
     "split_cifar100",
     "split_cifar100_b50",
     "stp_bait_split_cifar100",
