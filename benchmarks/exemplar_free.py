@@ -4,7 +4,7 @@
     python benchmarks/exemplar_free.py steps
 
 "fashion" is FashionMNIST in 5 tasks of 2 classes, 500 training images a class, 6 epochs a task; "cifar" the first 50
-classes of CIFAR-100 in 10 tasks of 5, 250 images a class, 10 epochs a task. The network is a small convnet with 32
+classes of CIFAR-100 in 10 tasks of 5, 150 images a class, 8 epochs a task. The network is a small convnet with 32
 features, batch 64, SGD with momentum, one thread. A_last is the accuracy over all classes after the last task, A_inc
 the mean over the tasks of the accuracy over the classes seen; both on 1000 (fashion) or 100 test images a class. The
 ways of adapting Gaussians share one training, which does not see them. "steps" times training steps of `resnet32`.

@@ -61,7 +61,7 @@ class Stream(NamedTuple):
         return ClassIncremental(base, num_tasks=self.tasks, class_order=seed, seed=seed)
 
 
-STREAMS = {"fashion": Stream("fashion", 10, 5, 500, 6), "cifar": Stream("cifar", 50, 10, 250, 10)}
+STREAMS = {"fashion": Stream("fashion", 10, 5, 500, 6), "cifar": Stream("cifar", 50, 10, 150, 8)}
 
 
 class NarrowConvNet(Net):

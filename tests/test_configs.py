@@ -19,6 +19,8 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 EXPERIMENTS = [path for path in CONFIGS if path.stem != "ddp"]
 DATA = Path(os.environ.get("LIGHTNING_CL_DATA", ROOT.parent / "shared" / "data"))
 TEN_TASKS = {
+    "adagauss_cub200",
+    "adagauss_split_cifar100",
     "permuted_mnist",
     "split_cifar100",
     "er_split_cifar100",
@@ -31,6 +33,8 @@ TEN_TASKS = {
     "slda_frozen",
 }
 LONG = {  # large networks, or many tasks
+    "adagauss_cub200",
+    "adagauss_split_cifar100",
     "derpp_split_cifar10",
     "er_split_cifar100",
     "ewc_split_cifar100",
