@@ -103,6 +103,8 @@ def square_root(covariance: Tensor) -> Tensor:
         tensor([[2., 0.],
                 [0., 0.]])
     """
+    if not bool(covariance.isfinite().all()):  # of features that diverged: what is made of it shall show that
+        return torch.full_like(covariance, torch.nan)
     values, vectors = torch.linalg.eigh(covariance)
     root: Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.mT
     return root

@@ -184,7 +184,7 @@ def test_a_configuration_file_takes_all_options(tmp_path):
         "        {covariance: full, shrinkage: 3, correlation: true, normalize: true, log_determinant: false,\n"
         "         prior: counts, temperature: 0.5, flips: true, refresh: epoch}\n"
     )
-    cli = main(["fit", "--config", str(tmp_path / "run.yaml"), *OPTIONS, "--trainer.logger=false"])
+    cli = main(["fit", "--config", str(tmp_path / "run.yaml"), *FIT])
     (gaussian,) = [c for c in cli.trainer.callbacks if isinstance(c, GaussianClassifier)]
     assert gaussian.options == {
         "covariance": "full",

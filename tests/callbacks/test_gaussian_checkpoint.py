@@ -34,7 +34,11 @@ def _made(name):
     return GaussianClassifier(**OPTIONS[name])
 
 
-@pytest.fixture(scope="module", params=OPTIONS)
+SLOW = ("diagonal", "nearest mean", "linear, after epochs")
+PARAMS = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in OPTIONS]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
 def through(request, tmp_path_factory):
     """A fit of two epochs of three steps a task: the end of it, its checkpoints, and the scores it predicts."""
     folder = tmp_path_factory.mktemp("fit")
@@ -188,7 +192,7 @@ def test_a_run_with_a_head_can_be_resumed_without_one(tmp_path):
 # ------------------------------------------------------------------ a task is a transaction
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", PARAMS)
 def test_a_refused_task_leaves_everything_as_it_was(name):
     start = {}
 
@@ -264,7 +268,10 @@ def test_a_second_fit_begins_without_gaussians():
 # ------------------------------------------------------------------ export
 
 
-@pytest.fixture(scope="module", params=["shared", "full", "diagonal", "linear"])
+@pytest.fixture(
+    scope="module",
+    params=["shared", "full", *(pytest.param(name, marks=pytest.mark.slow) for name in ("diagonal", "linear"))],
+)
 def exported(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("fit") / "end.ckpt"
     _, trainer, module = fit_gaussian(_made(request.param))

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor
 
 from benchmarks.quiet import quiet_trainer, silence
@@ -16,6 +16,15 @@ from tests.distributed.nearest_mean_runs import FrozenNet
 from tests.distributed.replay_runs import GLOBAL_BATCH
 from tests.distributed.runs import DigitsOfSize
 from tests.modules import digits
+
+
+class WithGaussian(NamedTuple):
+    """Make the callbacks of a run; hashable and picklable, unlike the callbacks themselves."""
+
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __call__(self) -> list[Callback]:
+        return [GaussianClassifier(**dict(self.options))]
 
 
 class HeadNotes(ContinualCallback):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from benchmarks.processes import run_ranks
-from tests.distributed.gaussian_runs import Run, run_all
+from benchmarks.resume import Kill, Setting, differences, kill_and_resume, uninterrupted
+from tests.distributed.gaussian_runs import Run, WithGaussian, run_all
 from tests.distributed.nearest_mean_runs import NoisyNormedNet
 
 RUNS = {
@@ -86,3 +87,21 @@ def test_ranks_have_the_same_gaussians_and_head_to_the_bit(run: Run, ranks: int)
 @pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_nothing_is_left_on_any_rank(ranks: int) -> None:
     assert [end["hooks"] for end in _ends(TRAINED, ranks)] == [0] * ranks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("callbacks", "kill", "checkpoint"),
+    [
+        (WithGaussian((("covariance", "full"),)), Kill(52), "step-step=49.ckpt"),
+        (WithGaussian((("refresh", "epoch"),)), Kill(23), "epoch-epoch=0.ckpt"),
+    ],
+    ids=["in an epoch", "at a task's end"],
+)
+def test_resume_on_two_processes_gives_the_same_end(callbacks: WithGaussian, kill: Kill, checkpoint: str) -> None:
+    setting = Setting("onecycle", 0, 2, epochs=1, callbacks=callbacks, seeded_once=True)
+    end, saved = kill_and_resume(setting, kill)
+    assert saved == checkpoint
+    through = uninterrupted(setting)
+    assert end["callbacks"][0]["gaussians"]["classes"].tolist() == list(range(10))
+    assert differences(through, end) == []

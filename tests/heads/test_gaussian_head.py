@@ -177,6 +177,15 @@ def test_features_that_never_vary_give_finite_scores(covariance):
     assert scores[:, :KNOWN].isfinite().all()
 
 
+@KINDS
+def test_features_that_diverged_show_and_break_nothing(covariance):
+    features = TRAINING.clone()
+    features[0] = torch.nan
+    scores = _head(covariance, _gaussians(covariance, features))(_features(seed=1))
+    assert scores[:, 0].isnan().all()
+    assert covariance == "shared" or scores[:, 1:KNOWN].isfinite().all()
+
+
 def test_a_singular_covariance_gets_the_least_jitter():
     gaussians = _gaussians(features=TRAINING[:20], labels=torch.arange(20) % KNOWN)
     covariances = gaussians.covariances()[:KNOWN]

@@ -59,6 +59,12 @@ def test_nothing_of_it_is_left_to_train():
     assert not any(parameter.requires_grad for parameter in _fit().parameters())
 
 
+def test_features_that_diverged_show_and_break_nothing():
+    gaussians, _, _ = _clusters()
+    gaussians.update(torch.full((1, WIDTH), torch.nan), torch.tensor([0]))
+    assert fit_linear(gaussians, 10, torch.Generator())(torch.zeros(1, WIDTH))[:, 0].isnan()
+
+
 def test_gaussians_of_no_class_give_no_finite_logit():
     head = fit_linear(ClassGaussians(CLASSES, WIDTH), 10, torch.Generator())
     assert head(torch.zeros(1, WIDTH)).eq(-float("inf")).all()
