@@ -21,7 +21,7 @@ from lightning_cl.tasks.evaluation import evaluate_samples
 from lightning_cl.tasks.feature_regulariser import FeatureRegulariser, Reduction
 from lightning_cl.tasks.gaussian_callback import GaussianCallback, GaussianClassifierKind
 
-_FEW = 64  # samples are enough to try a run out
+_FEW = 64  # samples of a Gaussian are enough to try a run out
 _SALT = 0xADA
 
 
@@ -228,10 +228,10 @@ class AdaGauss(GaussianCallback):
             after = [self.features_of(pl_module, view).float() for view in views]
             return torch.cat([*before, *after], dim=1)
 
-        tries_out = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-        samples = torch.arange(self.stream.samples_of(task.index) or 0)[: _FEW if tries_out else None]
+        samples = self.samples_of(trainer, task)
         rows = evaluate_samples(trainer, pl_module, self.stream, task.index, samples, of_batch)
         before, after = (part.reshape(-1, self.shape[1]) for part in rows.to(pl_module.device).chunk(2, dim=1))
+        tries_out = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
         training = replace(self.adapter_training, epochs=1) if tries_out else self.adapter_training
         progress = partial(show_progress, trainer, description="Adapter")
         adapter = training.run(trainer, before, after, self.stream.seed, task.index, progress)
