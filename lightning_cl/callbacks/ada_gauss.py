@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_cl.arguments import check_choice, check_count, check_list, check_number
 from lightning_cl.hashing import mix
+from lightning_cl.heads import ClassGaussians
 from lightning_cl.heads.adaptation import Adaptation, adapt_gaussians
 from lightning_cl.reporting.progress import show_progress
 from lightning_cl.tasks import Task
@@ -203,6 +204,17 @@ class AdaGauss(GaussianCallback):
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
         super().on_task_end(trainer, pl_module, task)
         self.training.on_task_end(trainer, pl_module, task)  # the teacher of this task was needed till now
+
+    @override
+    def take(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> ClassGaussians:
+        gaussians = super().take(trainer, pl_module, task)
+        if not bool(gaussians.means.isfinite().all() and gaussians.scatter.isfinite().all()):
+            raise ValueError(
+                f"{type(self).__name__} needs finite features, and those of task {task.index} ({task.name}) are not:"
+                " its training diverged. Use a smaller learning rate, a smaller `distillation`, or"
+                " `Trainer(gradient_clip_val=1)`."
+            )
+        return gaussians
 
     @override
     def adapt(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
