@@ -1,5 +1,6 @@
 """What the callbacks share whose loss acts on the features that the classification layer gets."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -113,8 +114,7 @@ class FeatureRegulariser(TeacherRegulariser):
     @override
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
         if self.projector is not None:
-            self.projector.begin_task(self.stream.seed, task.index)
-            self.projector.join(trainer)  # each task may have a new optimizer
+            self.projector.begin_task(trainer, self.stream.seed, task.index)
 
     @override
     def ask_teacher(self, pl_module: LightningModule, teacher: Weights, batch: Any) -> Tensor:
@@ -122,6 +122,19 @@ class FeatureRegulariser(TeacherRegulariser):
         with LayerTap({self.layer: layer_named(pl_module, self.layer)}) as tap:
             self.logits_with(pl_module, teacher, batch)
         return pool_positions(tap.inputs[self.layer]).float()
+
+    @override
+    def around_training_step(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        step: Callable[[Any], Any],
+    ) -> Any:
+        if self.projector is not None:
+            self.projector.join(trainer)  # the module may have made a new optimizer in its `on_task_start`
+        return super().around_training_step(trainer, pl_module, batch, batch_idx, step)
 
     @override
     def training_loss(

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_cl.hashing import mix
 from lightning_cl.heads.feature_adapter import FeatureAdapter
@@ -30,24 +31,31 @@ class Projector:
         with forked_generators():
             self._network = FeatureAdapter(width, expansion)
         self._device = device
+        self._optimizer: Optimizer | None = None
         self._network.to(device)
 
     def __call__(self, features: Tensor) -> Tensor:
         """Return features as the teacher might have them, ``(batch, width)``."""
         return self._network(features).float()  # type: ignore[no-any-return]
 
-    def begin_task(self, seed: int, task: int) -> None:
+    def begin_task(self, trainer: Trainer, seed: int, task: int) -> None:
         """Draw all weights anew, the same ones on every rank and in every run of a seed."""
         with forked_generators():
             seed_torch_generator(mix(seed, _SALT, task))
             self._network.cpu().reset_parameters()
             self._network.to(self._device)
+        self.join(trainer)
+        for parameter in self.parameters():  # an optimizer may go on from task to task
+            parameter.grad = None
+            trainer.optimizers[0].state.pop(parameter, None)
 
     def join(self, trainer: Trainer) -> None:
-        """Be trained by the first optimizer."""
+        """Be trained by the first optimizer, which may be another one than before."""
         optimizer = trainer.optimizers[0]
-        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        optimizer.param_groups[0]["params"] += [p for p in self.parameters() if id(p) not in trained]
+        if optimizer is not self._optimizer:
+            trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            optimizer.param_groups[0]["params"] += [p for p in self.parameters() if id(p) not in trained]
+            self._optimizer = optimizer
 
     def average_gradients(self, trainer: Trainer) -> None:
         """Give every rank the mean of the gradients; of what was averaged before, the mean is the same."""
