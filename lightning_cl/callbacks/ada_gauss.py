@@ -260,6 +260,11 @@ class AdaGauss(GaussianCallback):
         self.training.forget()
 
     @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["callbacks"].get(self.state_key)
+        self.training.match_optimizer(checkpoint, None if state is None else state["training"])
+
+    @override
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "training": self.training.state_dict()}
 

@@ -17,7 +17,7 @@ from lightning_cl.heads.anti_collapse import anti_collapse_loss
 from lightning_cl.taps import LayerTap, layer_named
 from lightning_cl.tasks.clock import TaskClock
 from lightning_cl.tasks.other_weights import Weights, on_device
-from lightning_cl.tasks.projector import Projector
+from lightning_cl.tasks.projector import Projector, match_optimizer_state
 from lightning_cl.tasks.rank_rows import of_all_ranks
 from lightning_cl.tasks.sampler import TaskSampler
 from lightning_cl.tasks.standing_still import drop_gradients
@@ -106,6 +106,21 @@ class FeatureRegulariser(TeacherRegulariser):
             self.projector.join(trainer)  # before a checkpoint's optimizer state comes
 
     @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.match_optimizer(checkpoint, checkpoint["callbacks"].get(self.state_key))
+
+    def match_optimizer(self, checkpoint: dict[str, Any], state: dict[str, Any] | None) -> None:
+        """Let a checkpoint's optimizer have a projector if this run's has one, whatever the run before distilled.
+
+        Args:
+            checkpoint: The checkpoint that is loaded.
+            state: This callback's state in it; ``None`` if it was not there.
+        """
+        if self.knows_tasks and checkpoint.get("optimizer_states"):
+            had = state is not None and state["projector"] is not None
+            match_optimizer_state(checkpoint["optimizer_states"][0], had, self.distillation > 0)
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         if self.knows_tasks and self.anti_collapse:
@@ -172,13 +187,14 @@ class FeatureRegulariser(TeacherRegulariser):
     @override
     def forget(self) -> None:
         super().forget()
+        if self.projector is not None:  # a checkpoint may be written after the fit
+            self._projector_state = self.projector.state_dict()
         self.projector = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
         projector = self._projector_state if self.projector is None else self.projector.state_dict()
-        saved = None if projector is None else {name: part.cpu().clone() for name, part in projector.items()}
-        return {**super().state_dict(), "projector": saved}
+        return {**super().state_dict(), "projector": projector}
 
     @override
     def restore(self, state_dict: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """The network that projected distillation trains beside the module."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -13,6 +14,7 @@ from lightning_cl.tasks.random_state import forked_generators, seed_torch_genera
 from lightning_cl.tasks.rank_rows import reduce_gradients
 
 _SALT = 0x9C0DE
+_TENSORS = 4  # of a `FeatureAdapter`
 
 
 class Projector:
@@ -66,9 +68,27 @@ class Projector:
         return self._network.parameters()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return its weights by name."""
-        return self._network.state_dict()
+        """Return copies of its weights by name, on the CPU."""
+        return {name: tensor.cpu().clone() for name, tensor in self._network.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over weights by name."""
         self._network.load_state_dict(state)
+
+
+def match_optimizer_state(state: dict[str, Any], had: bool, wanted: bool) -> None:
+    """Add or take off the place of a projector in the saved state of an optimizer.
+
+    Args:
+        state: The state, which is changed.
+        had: Whether a projector was trained by the optimizer that was saved.
+        wanted: Whether one is trained by the optimizer that takes the state over.
+    """
+    group = state["param_groups"][0]
+    if had and not wanted:
+        for place in group["params"][-_TENSORS:]:
+            state["state"].pop(place, None)
+        group["params"] = group["params"][:-_TENSORS]
+    elif wanted and not had:
+        free = 1 + max((place for each in state["param_groups"] for place in each["params"]), default=-1)
+        group["params"] = [*group["params"], *range(free, free + _TENSORS)]
