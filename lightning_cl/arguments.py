@@ -4,14 +4,19 @@ import math
 from collections.abc import Sequence
 
 
-def check_count(argument: str, value: object) -> None:
-    """Refuse what is neither ``None`` nor a whole number from 1.
+def check_count(argument: str, value: object, optional: bool = True) -> None:
+    """Refuse what is no whole number from 1, nor ``None`` where that is allowed.
+
+    Args:
+        argument: Its name.
+        value: What was got.
+        optional: Whether ``None`` is allowed.
 
     Raises:
         TypeError: If it is no whole number.
         ValueError: If it is less than 1.
     """
-    if value is None:
+    if value is None and optional:
         return
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"`{argument}` must be a whole number, got {value!r}.")

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -16,7 +17,7 @@ from lightning_cl.hashing import mix
 from lightning_cl.heads import ClassGaussians
 from lightning_cl.heads.adaptation import Adaptation, adapt_gaussians
 from lightning_cl.reporting.progress import show_progress
-from lightning_cl.tasks import Task
+from lightning_cl.tasks import Task, compat
 from lightning_cl.tasks.adapter_training import AdapterTraining
 from lightning_cl.tasks.evaluation import evaluate_samples
 from lightning_cl.tasks.feature_regulariser import FeatureRegulariser, Reduction
@@ -63,7 +64,7 @@ class AdaGauss(GaussianCallback):
         adapter_epochs: Epochs of the adapter's training.
         adapter_lr: Its learning rate.
         adapter_milestones: Shares of its epochs after which the learning rate is a tenth; the code has 0.3, 0.6, 0.9.
-        samples: How many samples are drawn of each Gaussian.
+        samples: How many samples are drawn of each Gaussian; more than there are features.
         reduction: Whether distillation averages over the features or sums them up, see `ProjectedDistillation`.
         warmup: Share of a task's epochs in which nothing but the classification layer and the projector is trained.
         flips: Whether Gaussians and adapter also see the mirror image of each image.
@@ -109,8 +110,8 @@ class AdaGauss(GaussianCallback):
         head: str | None = None,
     ) -> None:
         check_choice("adapt", adapt, ("none", "mean", "diag", "full"))
-        check_count("samples", samples)
-        check_count("adapter_epochs", adapter_epochs)
+        check_count("samples", samples, optional=False)
+        check_count("adapter_epochs", adapter_epochs, optional=False)
         check_number("adapter_lr", adapter_lr, 0, above=True)
         check_list("adapter_milestones", adapter_milestones, (int, float), "shares of the epochs")
         for milestone in adapter_milestones:
@@ -150,6 +151,11 @@ class AdaGauss(GaussianCallback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        for callback in compat.callbacks_of(trainer):
+            if isinstance(callback, FeatureRegulariser):
+                raise MisconfigurationException(
+                    f"{type(self).__name__} has the term of {type(callback).__name__} already. Take one of the two out."
+                )
         self.training.setup(trainer, pl_module, stage)
 
     @override
@@ -161,6 +167,12 @@ class AdaGauss(GaussianCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self.training.on_train_start(trainer, pl_module)
+        width = self.shape[1]
+        if self.adaptation in ("diag", "full") and self.samples <= width:
+            raise MisconfigurationException(
+                f"`samples={self.samples}` of {type(self).__name__} give no covariance of {width} features. Draw more"
+                " samples than there are features, or say `adapt='mean'`."
+            )
 
     @override
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:

@@ -1,5 +1,6 @@
 """Features that do not collapse into fewer dimensions than there are."""
 
+from lightning_cl.arguments import check_number
 from lightning_cl.tasks.feature_regulariser import FeatureRegulariser
 
 
@@ -30,5 +31,6 @@ class AntiCollapse(FeatureRegulariser):
     def __init__(
         self, weight: float = 1.0, bound: float = 1.0, task_classes_only: bool = False, head: str | None = None
     ) -> None:
+        check_number("weight", weight, 0)
         super().__init__(anti_collapse=weight, bound=bound, task_classes_only=task_classes_only, head=head)
         self.weight = weight

@@ -1,5 +1,6 @@
 """Distillation of features through a projector that is trained with the network."""
 
+from lightning_cl.arguments import check_number
 from lightning_cl.tasks.feature_regulariser import FeatureRegulariser, Reduction
 
 
@@ -44,6 +45,7 @@ class ProjectedDistillation(FeatureRegulariser):
         task_classes_only: bool = True,
         head: str | None = None,
     ) -> None:
+        check_number("weight", weight, 0)
         super().__init__(
             distillation=weight,
             expansion=expansion,

@@ -63,7 +63,7 @@ class FeatureRegulariser(TeacherRegulariser):
         check_number("anti_collapse", anti_collapse, 0)
         check_number("bound", bound, 0, above=True)
         check_number("distillation", distillation, 0)
-        check_count("expansion", expansion)
+        check_count("expansion", expansion, optional=False)
         check_choice("reduction", reduction, ("mean", "sum"))
         check_number("warmup", warmup, 0, 1)
         super().__init__(distillation, task_classes_only, head)
@@ -88,6 +88,15 @@ class FeatureRegulariser(TeacherRegulariser):
     def reset(self) -> None:
         super().reset()
         self.projector = self._projector_state = None
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self.anti_collapse and not self.knows_tasks:
+            raise MisconfigurationException(
+                f"{self.name} asks a task sequence for the classes, to find the classification layer, and this fit has"
+                " none. Wrap your DataModule in one: `Joint(your_datamodule)` is one of a single task."
+            )
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
