@@ -3,7 +3,7 @@
 import pytest
 import torch
 from feature_streams import WIDTH, Images, Narrow, ada_gauss, end_of, fit_images
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from numbered_streams import IMAGES, LABELS, same
 from regularised_streams import Notes
 
@@ -69,6 +69,11 @@ def test_there_is_an_adapter_for_each_task_but_the_first():
     runs = _keeping(callback)
     fit_images([callback])
     assert len(runs) == 2
+
+
+def test_the_adapters_training_is_shown_on_the_progress_bar(capfd):
+    fit_images([ada_gauss(), TQDMProgressBar()], enable_progress_bar=True)
+    assert "Adapter: " in "".join(capfd.readouterr())
 
 
 def test_without_adaptation_no_adapter_is_trained():
