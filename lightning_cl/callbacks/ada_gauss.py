@@ -66,7 +66,8 @@ class AdaGauss(GaussianCallback):
         adapter_milestones: Shares of its epochs after which the learning rate is a tenth; the code has 0.3, 0.6, 0.9.
         samples: How many samples are drawn of each Gaussian; more than there are features.
         reduction: Whether distillation averages over the features or sums them up, see `ProjectedDistillation`.
-        warmup: Share of a task's epochs in which nothing but the classification layer and the projector is trained.
+        warmup: Share of a task's epochs in which nothing but the classification layer and the projector is trained;
+            none where only steps limit a task.
         flips: Whether Gaussians and adapter also see the mirror image of each image.
         refresh: When the head is made: at the end of each "task", or after each "epoch" with the classes of the task
             that is trained.

@@ -228,7 +228,18 @@ def test_a_stream_of_one_task_has_a_head_of_all_classes():
     _close(callback.gaussians, _gaussians_by_hand(module.net), list(range(6)))
 
 
-@pytest.mark.parametrize("settings", [{"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"precision": "bf16-mixed"},
+        {"precision": "bf16-true"},
+        {"precision": "64-true"},
+        {"accumulate_grad_batches": 2},
+        {"gradient_clip_val": 0.1},
+        {"max_epochs": -1, "max_steps": 4},
+    ],
+    ids=str,
+)
 def test_it_runs_with_the_trainers_settings(settings):
     callback = ada_gauss()
     fit_images([callback], **settings)
