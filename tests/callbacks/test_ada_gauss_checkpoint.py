@@ -253,7 +253,7 @@ def test_nothing_is_left_on_module_and_trainer(make, hook):
     assert traces() == before
     assert "training_step" not in vars(module)
     part = getattr(callback, "training", callback)
-    assert part.projector is part._wanted is part._tap is part._stream is None
+    assert part.projector is part.wanted is part._tap is part._stream is None
 
 
 @EVERY_KIND
