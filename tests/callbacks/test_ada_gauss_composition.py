@@ -37,6 +37,7 @@ SETS = {
     "replay and distillation": [lambda: Replay(20), lambda: ProjectedDistillation(expansion=4)],
     "Gaussians and anti-collapse": [GaussianClassifier, AntiCollapse],
 }
+FAST = {"AdaGauss and replay", "both pieces", "LwF and anti-collapse"}
 
 
 def _end(callbacks, module):
@@ -45,7 +46,7 @@ def _end(callbacks, module):
 
 
 @pytest.mark.parametrize("name", OBSERVERS)
-@pytest.mark.parametrize("refresh", ["task", "epoch"])
+@pytest.mark.parametrize("refresh", [pytest.param("task", marks=pytest.mark.slow), "epoch"])
 def test_observers_do_not_disturb_it(name, refresh):
     runs = []
     for observers in ([], [OBSERVERS[name]()]):
@@ -55,7 +56,7 @@ def test_observers_do_not_disturb_it(name, refresh):
     assert same(*runs)
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in SETS])
 def test_any_order_of_callbacks_gives_the_same_end(name):
     runs = []
     for turn in (1, -1):
@@ -137,7 +138,11 @@ trainer:
 
 @pytest.mark.usefixtures("_elsewhere")
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("options", [["--trainer.fast_dev_run=true"], []], ids=["dry run", "run"])
+@pytest.mark.parametrize(
+    "options",
+    [["--trainer.fast_dev_run=true"], pytest.param([], marks=pytest.mark.slow)],
+    ids=["dry run", "run"],
+)
 def test_a_configuration_runs(name, options, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(CONFIGS[name])

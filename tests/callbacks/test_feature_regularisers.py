@@ -291,10 +291,10 @@ def test_a_warmup_trains_classification_layer_and_projector_alone():
     assert all(_moved(weights.before[steps], weights.before[steps + 1]))
 
 
-@pytest.mark.parametrize(("warmup", "frozen"), [(0.0, 0), (0.24, 0), (0.25, 1), (0.5, 2), (0.99, 3), (1.0, 4)])
+@pytest.mark.parametrize(("warmup", "frozen"), [(0.0, 0), (0.24, 0), (0.25, 1), (0.99, 3), (1.0, 4)])
 def test_a_warmup_is_a_share_of_a_tasks_epochs(warmup, frozen):
     notes = Notes()
-    fit_images([ada_gauss(warmup=warmup), notes], max_epochs=4, stream={"num_tasks": 1})
+    fit_images([ada_gauss(warmup=warmup, flips=False), notes], max_epochs=4, stream={"num_tasks": 1})
     epochs = [dict(net[:-1].state_dict()) for net in notes.before[::9]] + [dict(notes.networks[0][:-1].state_dict())]
     same_as_before = [same(*pair) for pair in pairwise(epochs)]
     assert same_as_before == [True] * frozen + [False] * (4 - frozen)

@@ -10,7 +10,7 @@ from lightning_cl.tasks.adapter_training import AdapterTraining
 from tests.modules import quiet_trainer
 
 TRAINER = quiet_trainer()
-QUICK = AdapterTraining(epochs=60, batch_size=64, expansion=8, anti_collapse=0.0)
+QUICK = AdapterTraining(epochs=4, batch_size=64, expansion=2)
 
 
 def _drift(rows=512, width=4):
