@@ -174,6 +174,11 @@ class AdaGauss(GaussianCallback):
                 f"`samples={self.samples}` of {type(self).__name__} give no covariance of {width} features. Draw more"
                 " samples than there are features, or say `adapt='mean'`."
             )
+        if self.gaussians is not None and self.adaptation != "none" and self.training.teacher is None:
+            raise MisconfigurationException(
+                f"{type(self).__name__} was resumed with `adapt={self.adaptation!r}`, and the checkpoint has no"
+                " teacher, since it was written with `adapt='none'` and `distillation=0`. Go on with these."
+            )
 
     @override
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
@@ -231,7 +236,7 @@ class AdaGauss(GaussianCallback):
 
     @override
     def adapt(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
-        if self.gaussians is None or self.training.teacher is None or self.adaptation == "none":
+        if self.gaussians is None or self.adaptation == "none":
             return
         adapter = self.train_adapter(trainer, pl_module, task)
         generator = torch.Generator().manual_seed(mix(self.stream.seed, _SALT, task.index))

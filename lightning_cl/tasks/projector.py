@@ -52,9 +52,10 @@ class Projector:
             trainer.optimizers[0].state.pop(parameter, None)
 
     def join(self, trainer: Trainer) -> None:
-        """Be trained by the first optimizer, which may be another one than before."""
+        """Be trained by the first optimizer, which may be another one than before, if there is any."""
         optimizer = trainer.optimizers[0]
-        if optimizer is not self._optimizer:
+        # Lightning's stand-in for no optimizer has no groups
+        if optimizer.param_groups and optimizer is not self._optimizer:
             trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             optimizer.param_groups[0]["params"] += [p for p in self.parameters() if id(p) not in trained]
             self._optimizer = optimizer
@@ -84,6 +85,8 @@ def match_optimizer_state(state: dict[str, Any], had: bool, wanted: bool) -> Non
         had: Whether a projector was trained by the optimizer that was saved.
         wanted: Whether one is trained by the optimizer that takes the state over.
     """
+    if not state.get("param_groups"):  # Lightning's stand-in for no optimizer
+        return
     group = state["param_groups"][0]
     if had and not wanted:
         for place in group["params"][-_TENSORS:]:
