@@ -6,11 +6,12 @@ from feature_streams import WIDTH, Images, Narrow, ada_gauss, end_of, fit_images
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from numbered_streams import IMAGES, LABELS, same
 from regularised_streams import Notes
+from torch import nn
 
 import lightning_cl
-from lightning_cl.datamodules import ClassIncremental, Joint
+from lightning_cl.datamodules import ClassIncremental, DomainIncremental, Joint, Permute
 from lightning_cl.heads import ClassGaussians
-from lightning_cl.tasks import ContinualCallback
+from lightning_cl.tasks import ContinualCallback, added_loss
 from lightning_cl.tasks.adapter_training import AdapterTraining
 from tests.modules import quiet_trainer
 
@@ -252,3 +253,69 @@ def test_a_dry_run_trains_each_adapter_for_one_epoch():
     callback = ada_gauss(adapter_epochs=10**9, samples=10**9)
     fit_images([callback], fast_dev_run=True)
     assert callback.gaussians.known.all()
+
+
+# ------------------------------------------------------------------ kinds of modules and streams
+
+
+class Convolutional(Narrow):
+    """Its classification layer is a 1x1 convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(1, WIDTH, 3), nn.ReLU(), nn.Conv2d(WIDTH, 6, 1))
+
+    def forward(self, images):
+        return self.net(images).mean((2, 3))
+
+
+class TwoOptimizers(Narrow):
+    """Optimises by hand, backbone and head apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx) + added_loss(self, batch, batch_idx)
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), 0.05) for part in (self.net[:-1], self.net[-1])]
+
+
+class WithoutOptimizer(Narrow):
+    """Is not trained at all."""
+
+    def configure_optimizers(self):
+        return None
+
+
+class Dead(Narrow):
+    """Has a feature that is always zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 6))
+        with torch.no_grad():
+            self.net[1].bias[0] = -100
+
+
+@pytest.mark.parametrize("module", [Convolutional, TwoOptimizers, WithoutOptimizer, Dead])
+def test_it_has_gaussians_of_every_class_for_every_kind_of_module(module, tmp_path):
+    saved = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    fit_images([ada_gauss(), saved], module, enable_checkpointing=True)
+    callback = ada_gauss()
+    fit_images([callback], module, ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert callback.gaussians.known.all()
+    assert callback.gaussians.scatter.isfinite().all()
+
+
+def test_a_class_that_comes_again_is_merged_into_its_gaussian():
+    callback = ada_gauss()
+    fit_images([callback], sequence=DomainIncremental(Images(), transforms=[None, Permute(1)]))
+    assert callback.gaussians.counts.tolist() == [2 * 48.0] * 6

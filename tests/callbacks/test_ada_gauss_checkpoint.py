@@ -180,6 +180,13 @@ def test_a_checkpoint_is_resumed_with_distillation_switched_off(tmp_path):
     assert callback.gaussians.known.all()
 
 
+def test_a_run_without_adaptation_is_not_resumed_with_it(tmp_path):
+    saved = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    fit_images([ada_gauss(adapt="none", distillation=0), saved], enable_checkpointing=True)
+    with pytest.raises(MisconfigurationException, match="`adapt='full'`, and the checkpoint has no teacher"):
+        fit_images([ada_gauss(distillation=0)], ckpt_path=tmp_path / "epoch=0.ckpt")
+
+
 def test_a_checkpoint_of_another_kind_of_classifier_is_refused(tmp_path):
     saved = ModelCheckpoint(tmp_path, save_last=True)
     fit_images([ada_gauss(), saved], enable_checkpointing=True)
