@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from benchmarks.processes import run_ranks
-from benchmarks.resume import differences
-from tests.distributed.ada_gauss_runs import NarrowNoisy, Run, Still, run_all
+from benchmarks.resume import Kill, Setting, differences, kill_and_resume, uninterrupted
+from tests.distributed.ada_gauss_runs import NarrowNoisy, Quick, Run, Still, run_all
 
 RUNS = {
     "AdaGauss": Run("ada_gauss"),
@@ -85,3 +85,11 @@ def test_an_adapter_is_the_same_on_every_rank_and_that_of_one() -> None:
     assert differences(first["weights"], second["weights"]) == []
     for name, weights in one["weights"].items():
         torch.testing.assert_close(first["weights"][name], weights, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_resume_on_two_processes_gives_the_same_end() -> None:
+    setting = Setting("onecycle", 0, 2, epochs=1, callbacks=Quick())
+    end, saved = kill_and_resume(setting, Kill(52))
+    assert saved == "step-step=49.ckpt"
+    assert differences(uninterrupted(setting), end) == []
