@@ -34,6 +34,7 @@ from lightning_cl.reporting.plots import png_of
 
 WITHOUT = "AdaGauss without the anti-collapse loss"
 MOST_OF_ADA_GAUSS = 1.7
+TITLES = {"fashion": "FashionMNIST, 5 tasks", "cifar": "CIFAR-100, 10 tasks"}
 
 STEPS: dict[str, Callable[[], list[Callback]]] = {
     **SIDES,
@@ -133,10 +134,10 @@ def plot_ranks(outcomes: Outcomes, streams: Sequence[str], seeds: int, path: Pat
             tasks = np.arange(2, 2 + ranks.shape[1])
             (line,) = ax.plot(tasks, ranks.mean(0), marker="o", label="with" if name == "AdaGauss" else "without")
             ax.fill_between(tasks, ranks.min(0), ranks.max(0), color=line.get_color(), alpha=0.2)
-        ax.set(title=stream, xlabel="task", ylabel="mean rank of old classes' covariances", ylim=(0, WIDTH + 2))
+        ax.set(title=TITLES[stream], xlabel="task", ylabel="mean rank of old covariances", ylim=(0, WIDTH + 2))
         ax.set_xticks(tasks)
         ax.axhline(WIDTH, color="grey", linewidth=0.8, linestyle="--")
-        ax.legend(title="anti-collapse loss", loc="lower left")
+        ax.legend(title="anti-collapse loss", loc="center", bbox_to_anchor=(0.5, 0.65))
     path.write_bytes(png_of(figure))
 
 
