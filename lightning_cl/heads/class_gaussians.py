@@ -5,6 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_cl.heads.class_means import check_samples
 from lightning_cl.heads.covariances import square_root
 
 Covariance = Literal["full", "diagonal", "shared"]
@@ -78,18 +79,10 @@ class ClassGaussians:
         Raises:
             ValueError: If the shapes do not go together, or a label is outside the classes.
         """
-        classes, width = self.means.shape
-        if features.ndim != 2 or features.shape[1] != width or labels.shape != features.shape[:1]:
-            raise ValueError(
-                f"`features` must have the shape (batch, {width}) and `labels` (batch,), got {tuple(features.shape)}"
-                f" and {tuple(labels.shape)}."
-            )
+        width = self.means.shape[1]
+        check_samples(features, labels, *self.means.shape)
         if len(labels) == 0:
             return
-        if int(labels.min()) < 0 or int(labels.max()) >= classes:
-            raise ValueError(
-                f"`labels` must be from 0 to {classes - 1}, got {int(labels.min())} to {int(labels.max())}."
-            )
         device = self.counts.device
         rows, labels = features.detach().to(device).double(), labels.to(device)
         ones = torch.ones_like(rows[:, 0]) if weights is None else weights.to(device).double()

@@ -53,18 +53,9 @@ class ClassMeans:
         Raises:
             ValueError: If the shapes do not go together, or a label is outside the classes.
         """
-        classes, width = self.sums.shape
-        if features.ndim != 2 or features.shape[1] != width or labels.shape != features.shape[:1]:
-            raise ValueError(
-                f"`features` must have the shape (batch, {width}) and `labels` (batch,), got {tuple(features.shape)}"
-                f" and {tuple(labels.shape)}."
-            )
+        check_samples(features, labels, *self.sums.shape)
         if len(labels) == 0:
             return
-        if int(labels.min()) < 0 or int(labels.max()) >= classes:
-            raise ValueError(
-                f"`labels` must be from 0 to {classes - 1}, got {int(labels.min())} to {int(labels.max())}."
-            )
         rows = features.detach().to(self.sums.device)
         rows = rows if rows.dtype == torch.float64 else rows.float()
         if self.normalize:
@@ -96,3 +87,18 @@ class ClassMeans:
         """Go on from saved sums and counts."""
         self.sums = state["sums"].to(self.sums.device, copy=True)
         self.counts = state["counts"].to(self.counts.device, copy=True)
+
+
+def check_samples(features: Tensor, labels: Tensor, classes: int, width: int) -> None:
+    """Refuse samples that do not go with so many classes and features of such a width.
+
+    Raises:
+        ValueError: If the shapes do not go together, or a label is outside the classes.
+    """
+    if features.ndim != 2 or features.shape[1] != width or labels.shape != features.shape[:1]:
+        raise ValueError(
+            f"`features` must have the shape (batch, {width}) and `labels` (batch,), got {tuple(features.shape)}"
+            f" and {tuple(labels.shape)}."
+        )
+    if len(labels) > 0 and (int(labels.min()) < 0 or int(labels.max()) >= classes):
+        raise ValueError(f"`labels` must be from 0 to {classes - 1}, got {int(labels.min())} to {int(labels.max())}.")
