@@ -148,7 +148,10 @@ class OutputReplacement:
         features = first_tensor(inputs, named)
         if self.head is None or features is None or self._root.training or wants_own_outputs():
             return None
-        scores: Tensor = self.head.to(features.device)(features)
+        held = next((tensor for tensor in (*self.head.buffers(), *self.head.parameters())), features)
+        if held.device != features.device:
+            self.head.to(features.device)
+        scores: Tensor = self.head(features)
         return scores.to(torch.promote_types(scores.dtype, output.dtype))
 
     def remove(self) -> None:

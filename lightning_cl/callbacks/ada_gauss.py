@@ -30,12 +30,13 @@ _SALT = 0xADA
 class AdaGauss(GaussianCallback):
     r"""Describe each class by a Gaussian of its features, and move the Gaussians along with them (arXiv 2409.18265).
 
-    Nothing of past tasks is kept but a mean and a covariance of each class. To the module's loss, which sees the
-    logits of the current task's classes alone, come the anti-collapse loss and, from the second task on, projected
-    distillation; see `AntiCollapse` and `ProjectedDistillation`. At the end of a task a small network, the adapter,
-    learns to map the features before the task to those after it, on the task's own data; samples drawn from each past
-    Gaussian are pushed through it, and their mean and covariance are the new ones. Then the classes of the task
-    get Gaussians, from its training images and their mirror images, and the head is made of all of them.
+    No sample of past tasks is kept, but a mean and a covariance of each class, and a copy of the last task's network.
+    To the module's loss, which sees the logits of the current task's classes alone, come the anti-collapse loss and,
+    from the second task on, projected distillation; see `AntiCollapse` and `ProjectedDistillation`. At the end of a
+    task a small network, the adapter, learns to map the features before the task to those after it, on the task's own
+    data; samples drawn from each past Gaussian are pushed through it, and their mean and covariance are the new ones.
+    Then the classes of the task get Gaussians, from its training images and their mirror images, and the head is made
+    of all of them.
 
     Where the paper and its code differ, each side is an option. The head's defaults are the code's, with which the
     published figures were measured: three times the mean variance is added to each variance, correlations are made of
@@ -44,8 +45,9 @@ class AdaGauss(GaussianCallback):
     on small streams it does far worse, since adapted covariances are too narrow in what the adapter does not foresee.
     Distillation takes the mean over the features as the code does, since the published weights go with it. The
     adapter's milestones are the paper's. Unlike both, the adapter is trained on features that are computed once, not on
-    freshly augmented images in each of its epochs; and in place of a new layer for the classes of each task, the
-    module's own classification layer is trained with the other classes hidden.
+    freshly augmented images in each of its epochs; ``adapt="diag"`` keeps correlations where the code drops them, and
+    ``normalize`` counts for "nearest_mean" too; and in place of a new layer for the classes of each task, the module's
+    own classification layer is trained with the other classes hidden.
 
     Args:
         distillation: Weight of projected distillation (the paper's lambda: 10 from scratch, less for a pretrained
@@ -63,8 +65,11 @@ class AdaGauss(GaussianCallback):
         expansion: How many times wider than the features the hidden layers of projector and adapter are.
         adapter_epochs: Epochs of the adapter's training.
         adapter_lr: Its learning rate.
+        adapter_batch_size: Samples of its batches, over all processes.
         adapter_milestones: Shares of its epochs after which the learning rate is a tenth; the code has 0.3, 0.6, 0.9.
-        samples: How many samples are drawn of each Gaussian; more than there are features.
+        samples: How many samples are drawn of each Gaussian to adapt it; more than there are features.
+        adaptation_shrinkage: Share of the mean variance that is added to adapted variances.
+        samples_per_class: Features that a "linear" classifier draws of each class.
         reduction: Whether distillation averages over the features or sums them up, see `ProjectedDistillation`.
         warmup: Share of a task's epochs in which nothing but the classification layer and the projector is trained;
             none where only steps limit a task.
@@ -102,8 +107,11 @@ class AdaGauss(GaussianCallback):
         expansion: int = 32,
         adapter_epochs: int = 100,
         adapter_lr: float = 0.01,
+        adapter_batch_size: int = 256,
         adapter_milestones: tuple[float, ...] = (0.45, 0.9),
         samples: int = 10_000,
+        adaptation_shrinkage: float = 0.0,
+        samples_per_class: int = 500,
         reduction: Reduction = "mean",
         warmup: float = 0.01,
         flips: bool = True,
@@ -113,7 +121,9 @@ class AdaGauss(GaussianCallback):
         check_choice("adapt", adapt, ("none", "mean", "diag", "full"))
         check_count("samples", samples, optional=False)
         check_count("adapter_epochs", adapter_epochs, optional=False)
+        check_count("adapter_batch_size", adapter_batch_size, optional=False)
         check_number("adapter_lr", adapter_lr, 0, above=True)
+        check_number("adaptation_shrinkage", adaptation_shrinkage, 0)
         check_list("adapter_milestones", adapter_milestones, (int, float), "shares of the epochs")
         for milestone in adapter_milestones:
             check_number("adapter_milestones", milestone, 0, 1)
@@ -126,10 +136,12 @@ class AdaGauss(GaussianCallback):
             flips=flips,
             classifier=classifier,
             refresh=refresh,
+            samples_per_class=samples_per_class,
         )
         self.adaptation: Adaptation = adapt
         self.samples = samples
-        self.training = FeatureRegulariser(
+        self.adaptation_shrinkage = adaptation_shrinkage
+        self.regulariser = FeatureRegulariser(
             anti_collapse,
             bound,
             distillation,
@@ -144,6 +156,7 @@ class AdaGauss(GaussianCallback):
             adapter_epochs,
             adapter_lr,
             tuple(adapter_milestones),
+            adapter_batch_size,
             anti_collapse=anti_collapse,
             bound=bound,
             expansion=expansion,
@@ -157,24 +170,24 @@ class AdaGauss(GaussianCallback):
                 raise MisconfigurationException(
                     f"{type(self).__name__} has the term of {type(callback).__name__} already. Take one of the two out."
                 )
-        self.training.setup(trainer, pl_module, stage)
+        self.regulariser.setup(trainer, pl_module, stage)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        self.training.on_fit_start(trainer, pl_module)
+        self.regulariser.on_fit_start(trainer, pl_module)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self.training.on_train_start(trainer, pl_module)
+        self.regulariser.on_train_start(trainer, pl_module)
         width = self.shape[1]
         if self.adaptation in ("diag", "full") and self.samples <= width:
             raise MisconfigurationException(
                 f"`samples={self.samples}` of {type(self).__name__} give no covariance of {width} features. Draw more"
                 " samples than there are features, or say `adapt='mean'`."
             )
-        if self.gaussians is not None and self.adaptation != "none" and self.training.teacher is None:
+        if self.gaussians is not None and self.adaptation != "none" and self.regulariser.teacher is None:
             raise MisconfigurationException(
                 f"{type(self).__name__} was resumed with `adapt={self.adaptation!r}`, and the checkpoint has no"
                 " teacher, since it was written with `adapt='none'` and `distillation=0`. Go on with these."
@@ -183,7 +196,7 @@ class AdaGauss(GaussianCallback):
     @override
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
         super().on_task_start(trainer, pl_module, task)
-        self.training.on_task_start(trainer, pl_module, task)
+        self.regulariser.on_task_start(trainer, pl_module, task)
 
     @override
     def around_training_step(
@@ -197,31 +210,31 @@ class AdaGauss(GaussianCallback):
         def own_step(given: Any) -> Any:
             return super(AdaGauss, self).around_training_step(trainer, pl_module, given, batch_idx, step)
 
-        return self.training.around_training_step(trainer, pl_module, batch, batch_idx, own_step)
+        return self.regulariser.around_training_step(trainer, pl_module, batch, batch_idx, own_step)
 
     @override
     def training_loss(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, outputs: Any
     ) -> Tensor | None:
-        return self.training.training_loss(trainer, pl_module, batch, batch_idx, outputs)
+        return self.regulariser.training_loss(trainer, pl_module, batch, batch_idx, outputs)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.training.on_after_backward(trainer, pl_module)
+        self.regulariser.on_after_backward(trainer, pl_module)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        self.training.on_before_optimizer_step(trainer, pl_module, optimizer)
+        self.regulariser.on_before_optimizer_step(trainer, pl_module, optimizer)
 
     @override
     def on_batch_trained(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
-        self.training.on_batch_trained(trainer, pl_module, batch_idx)
+        self.regulariser.on_batch_trained(trainer, pl_module, batch_idx)
         super().on_batch_trained(trainer, pl_module, batch_idx)
 
     @override
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
         super().on_task_end(trainer, pl_module, task)
-        self.training.on_task_end(trainer, pl_module, task)  # the teacher of this task was needed till now
+        self.regulariser.on_task_end(trainer, pl_module, task)  # the teacher of this task was needed till now
 
     @override
     def take(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> ClassGaussians:
@@ -241,7 +254,13 @@ class AdaGauss(GaussianCallback):
         adapter = self.train_adapter(trainer, pl_module, task)
         generator = torch.Generator().manual_seed(mix(self.stream.seed, _SALT, task.index))
         count = min(self.samples, _FEW) if trainer.fast_dev_run else self.samples  # type: ignore[attr-defined]
-        moved = adapt_gaussians(self.gaussians, adapter, self.adaptation, count, generator)
+        moved = adapt_gaussians(self.gaussians, adapter, self.adaptation, count, generator, self.adaptation_shrinkage)
+        if not bool(moved.means.isfinite().all() and moved.scatter.isfinite().all()):
+            raise ValueError(
+                f"{type(self).__name__} cannot bring Gaussians along with task {task.index} ({task.name}): what its"
+                " adapter puts out is not finite. Use a smaller `adapter_lr`; if the features themselves have grown,"
+                " a smaller learning rate, or `Trainer(gradient_clip_val=1)`."
+            )
         # computed on each rank from the same numbers, and the same to the bit all the same
         moved.load_state_dict(trainer.strategy.broadcast(moved.state_dict()))
         self.gaussians = moved
@@ -254,7 +273,7 @@ class AdaGauss(GaussianCallback):
 
         def of_batch(batch: Any) -> Tensor:
             views = [batch, self._flipped(batch)] if self.flips else [batch]
-            before = [self.training.teacher_features(pl_module, view) for view in views]
+            before = [self.regulariser.teacher_features(pl_module, view) for view in views]
             after = [self.features_of(pl_module, view).float() for view in views]
             return torch.cat([*before, *after], dim=1)
 
@@ -270,23 +289,23 @@ class AdaGauss(GaussianCallback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
-        self.training.forget()
+        self.regulariser.forget()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
-        self.training.forget()
+        self.regulariser.forget()
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["callbacks"].get(self.state_key)
-        self.training.match_optimizer(checkpoint, None if state is None else state["training"])
+        self.regulariser.match_optimizer(checkpoint, None if state is None else state["regulariser"])
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "training": self.training.state_dict()}
+        return {**super().state_dict(), "regulariser": self.regulariser.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self.training.load_state_dict(state_dict["training"])
+        self.regulariser.load_state_dict(state_dict["regulariser"])

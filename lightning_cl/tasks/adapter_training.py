@@ -1,5 +1,6 @@
 """Learn how features moved while a task was trained."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -72,7 +73,7 @@ class AdapterTraining:
             adapter = FeatureAdapter(width, self.expansion).to(before.device)
             weights = list(adapter.parameters())
             optimizer = torch.optim.SGD(weights, lr=self.lr, momentum=_MOMENTUM, weight_decay=_WEIGHT_DECAY)
-            milestones = [int(share * self.epochs) for share in self.milestones]
+            milestones = [max(1, math.ceil(share * self.epochs)) for share in self.milestones]
             schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
             for epoch in progress(range(self.epochs)):
                 order = mix_each((seed, _SALT, task, epoch), torch.arange(rows)).argsort(stable=True)
@@ -95,5 +96,5 @@ class AdapterTraining:
 
 
 def _batches(order: Tensor, size: int) -> list[Tensor]:
-    """Divide samples into batches; a rest that is smaller than half of one joins the batch before it."""
+    """Divide samples into batches of about this size, all as large as one another up to a sample."""
     return list(torch.tensor_split(order, max(1, round(len(order) / size))))

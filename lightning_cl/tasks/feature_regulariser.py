@@ -110,7 +110,9 @@ class FeatureRegulariser(TeacherRegulariser):
                     " linear layer or 1x1 convolution with `head=...`."
                 )
             self.projector = Projector(width, self.expansion, pl_module.device)
+            self.projector.draw(self.stream.seed, self.stream.current_task.index)
             if self._projector_state is not None:
+                self._check_projector(self._projector_state)
                 self.projector.load_state_dict(self._projector_state)
             self.projector.join(trainer)  # before a checkpoint's optimizer state comes
 
@@ -238,6 +240,14 @@ class FeatureRegulariser(TeacherRegulariser):
         loss = anti_collapse_loss(rows, self.bound)
         # each rank's gradient is that of its own rows, and DDP divides their sum by the number of ranks
         return loss.detach() + trainer.world_size * (loss - loss.detach())
+
+    def _check_projector(self, state: Weights) -> None:
+        hidden, width = state["widen.weight"].shape
+        if hidden != self.expansion * width:
+            raise MisconfigurationException(
+                f"The checkpoint's projector has `expansion={hidden // width}`, this {self.name} has"
+                f" `expansion={self.expansion}`."
+            )
 
     def _check_batches(self, trainer: Trainer, width: int | None) -> None:
         sampler = getattr(trainer.train_dataloader, "sampler", None)

@@ -80,7 +80,7 @@ class GaussianCallback(HeadCallback):
         check_number("shrinkage", shrinkage, 0)
         check_number("off_diagonal_shrinkage", off_diagonal_shrinkage, 0)
         check_number("temperature", temperature, 0, above=True)
-        check_count("samples_per_class", samples_per_class)
+        check_count("samples_per_class", samples_per_class, optional=False)
         if covariance == "diagonal" and off_diagonal_shrinkage:
             raise ValueError(
                 f"`off_diagonal_shrinkage={off_diagonal_shrinkage}` has nothing to shrink where"

@@ -40,12 +40,16 @@ class Projector:
         """Return features as the teacher might have them, ``(batch, width)``."""
         return self._network(features).float()  # type: ignore[no-any-return]
 
-    def begin_task(self, trainer: Trainer, seed: int, task: int) -> None:
+    def draw(self, seed: int, task: int) -> None:
         """Draw all weights anew, the same ones on every rank and in every run of a seed."""
         with forked_generators():
             seed_torch_generator(mix(seed, _SALT, task))
             self._network.cpu().reset_parameters()
             self._network.to(self._device)
+
+    def begin_task(self, trainer: Trainer, seed: int, task: int) -> None:
+        """Begin with new weights, of which the optimizer remembers nothing."""
+        self.draw(seed, task)
         self.join(trainer)
         for parameter in self.parameters():  # an optimizer may go on from task to task
             parameter.grad = None

@@ -30,6 +30,8 @@ def reduce_gradients(trainer: Trainer, parameters: Iterable[nn.Parameter], opera
     if trainer.world_size == 1 or not gradients:
         return
     flat = torch.cat([gradient.flatten() for gradient in gradients])
-    whole = trainer.strategy.reduce(flat, reduce_op=operation)
-    for gradient, part in zip(gradients, torch.split(whole, [g.numel() for g in gradients]), strict=True):
+    torch.distributed.all_reduce(flat)  # the strategy's `reduce` waits at a barrier first, in each step
+    if operation == "mean":
+        flat /= trainer.world_size
+    for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))

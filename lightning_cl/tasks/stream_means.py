@@ -148,12 +148,12 @@ def validates_before_means(trainer: Trainer, stream: ReplayStream) -> bool:
 
 
 def refuse_infinite_losses(trainer: Trainer) -> None:
-    """Refuse early stopping on a loss that would be infinite, since a class has no prototype when it is scored."""
+    """Refuse early stopping on a loss that would be infinite, since a class is not known yet when it is scored."""
     for callback in compat.callbacks_of(trainer):
         if isinstance(callback, EarlyStopping) and callback.check_finite and _is_loss(callback.monitor):
             raise MisconfigurationException(
                 f"Early stopping on {callback.monitor!r} would end each task when it is infinite, as it is while a"
-                " validated class has no prototype and so scores minus infinity. Monitor an accuracy, or say"
+                " validated class is not known yet and so scores minus infinity. Monitor an accuracy, or say"
                 " `check_finite=False`."
             )
 

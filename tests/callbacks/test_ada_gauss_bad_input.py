@@ -116,7 +116,7 @@ def test_fewer_samples_than_features_are_refused_before_the_first_step():
 @EVERY_KIND
 def test_a_head_that_is_not_there_is_named_with_those_that_are(make):
     callback = make()
-    for part in (callback, getattr(callback, "training", callback)):
+    for part in (callback, getattr(callback, "regulariser", callback)):
         part.head = "fc"
     with pytest.raises(MisconfigurationException, match=rf"{type(callback).__name__}: .*'fc'.*'net.5'"):
         fit_images([callback])
@@ -214,4 +214,14 @@ def test_a_fit_without_a_task_sequence_has_nothing_to_distil():
 def test_a_joint_fit_is_one_task(make):
     notes = make()
     fit_images([notes], sequence=Joint(Images()))
-    assert getattr(notes, "training", notes).classes == tuple(range(6))
+    assert getattr(notes, "regulariser", notes).classes == tuple(range(6))
+
+
+def test_an_adapter_that_diverges_is_an_error_that_names_its_learning_rate():
+    with pytest.raises(ValueError, match=r"AdaGauss cannot bring Gaussians along with task 1 .* smaller `adapter_lr`"):
+        fit_images([ada_gauss(adapter_lr=1e30, adapter_epochs=5)])
+
+
+def test_a_count_of_samples_for_a_linear_head_must_be_one():
+    with pytest.raises(TypeError, match="`samples_per_class` must be a whole number, got None"):
+        AdaGauss(classifier="linear", samples_per_class=None)

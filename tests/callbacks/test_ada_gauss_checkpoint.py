@@ -30,7 +30,7 @@ MOST_KINDS_SLOW = pytest.mark.parametrize(
     "make", [pytest.param(KINDS[kind], id=kind, marks=[] if kind in QUICK else pytest.mark.slow) for kind in KINDS]
 )
 
-DRAWN = {"projector", "training"}  # begin with the first task
+DRAWN = {"projector", "regulariser"}  # begin with the first task
 
 # three tasks of two epochs, each of three steps
 PLACES = {
@@ -180,6 +180,14 @@ def test_a_checkpoint_is_resumed_with_distillation_switched_off(tmp_path):
     assert callback.gaussians.known.all()
 
 
+@pytest.mark.parametrize("make", [ada_gauss, ProjectedDistillation])
+def test_a_projector_of_another_size_is_refused(make, tmp_path):
+    saved = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    fit_images([make(expansion=4), saved], enable_checkpointing=True)
+    with pytest.raises(MisconfigurationException, match=r"projector has `expansion=4`, this \w+ has `expansion=3`"):
+        fit_images([make(expansion=3)], ckpt_path=tmp_path / "epoch=0.ckpt")
+
+
 def test_a_run_without_adaptation_is_not_resumed_with_it(tmp_path):
     saved = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
     fit_images([ada_gauss(adapt="none", distillation=0), saved], enable_checkpointing=True)
@@ -268,7 +276,7 @@ def test_nothing_is_left_on_module_and_trainer(make, hook):
         trainer.fit(module, datamodule=sequence)
     assert traces() == before
     assert "training_step" not in vars(module)
-    part = getattr(callback, "training", callback)
+    part = getattr(callback, "regulariser", callback)
     assert part.projector is part.wanted is part._tap is part._stream is None
 
 

@@ -54,7 +54,7 @@ KINDS = {
 def test_gradients_are_those_of_a_hand_written_loop(name):
     make, terms = KINDS[name]
     callback, notes, batches = make(), Notes(), Batches()
-    part = getattr(callback, "training", callback)
+    part = getattr(callback, "regulariser", callback)
     others = [Projectors(part)] if "distilled" in terms else []
     fit_images([callback, batches, notes, *others])
     for step, (images, labels) in enumerate(batches.steps):
@@ -281,7 +281,7 @@ class Decays(Narrow):
 
 def test_a_warmup_trains_classification_layer_and_projector_alone():
     callback, notes = ada_gauss(warmup=0.5), Notes()
-    weights = Projectors(callback.training)
+    weights = Projectors(callback.regulariser)
     fit_images([callback, weights, notes], Decays, max_epochs=4, stream={"num_tasks": 2})
     steps = len(notes.before) // 2
     for task in (0, 1):

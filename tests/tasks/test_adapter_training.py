@@ -101,3 +101,17 @@ def test_progress_walks_through_the_epochs():
 
     AdapterTraining(epochs=3, batch_size=64).run(TRAINER, *_drift(64), 0, 1, walk)
     assert seen == [0, 1, 2]
+
+
+def test_the_first_epoch_has_the_whole_learning_rate(monkeypatch):
+    rates = []
+    usual = torch.optim.SGD.step
+
+    def step(optimizer, *args):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return usual(optimizer, *args)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    for epochs in (1, 2, 3):
+        AdapterTraining(epochs=epochs, lr=0.1, batch_size=64).run(TRAINER, *_drift(64), 0, 1)
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.1, 0.1, 0.01])
