@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import Self, override
 
 EXITS = "early_exits"  # where exit heads are in a module, none of which is its classification layer
 
@@ -17,7 +19,26 @@ _own_outputs: ContextVar[bool] = ContextVar("own_outputs", default=False)
 _untapped: ContextVar[bool] = ContextVar("untapped", default=False)
 
 
-class LayerTap:
+class ForwardHooks:
+    """Base class of what reads or changes the outputs of layers while a ``with`` block lasts."""
+
+    _handles: Sequence[RemovableHandle] = ()
+
+    def register(self) -> Iterable[RemovableHandle]:
+        """Put hooks on the layers, and return their handles."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        self._handles = list(self.register())
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = ()
+
+
+class LayerTap(ForwardHooks):
     """Keep the last input and output of some layers while the ``with`` block lasts.
 
     Args:
@@ -37,17 +58,10 @@ class LayerTap:
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
         self._layers = layers
-        self._handles: list[Any] = []
 
-    def __enter__(self) -> "LayerTap":
-        for name, layer in self._layers.items():
-            self._handles.append(layer.register_forward_hook(self._keep(name), with_kwargs=True))
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+    @override
+    def register(self) -> Iterable[RemovableHandle]:
+        return [layer.register_forward_hook(self._keep(name), with_kwargs=True) for name, layer in self._layers.items()]
 
     def _keep(self, name: str) -> Any:
         # taps come and go, and a compiled module must not be compiled again for each
@@ -62,7 +76,7 @@ class LayerTap:
         return keep
 
 
-class ActivationTap:
+class ActivationTap(ForwardHooks):
     """Keep the last output of some layers, so that what follows can be differentiated by it, in a ``with`` block.
 
     What follows gets a copy: an operation in place does not reach what is kept. An output that nothing is trained for
@@ -89,17 +103,10 @@ class ActivationTap:
         self.outputs: dict[str, Tensor] = {}
         self._layers = layers
         self._only_own_step = only_own_step
-        self._handles: list[Any] = []
 
-    def __enter__(self) -> "ActivationTap":
-        for name, layer in self._layers.items():
-            self._handles.append(layer.register_forward_hook(self._keep(name)))
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+    @override
+    def register(self) -> Iterable[RemovableHandle]:
+        return [layer.register_forward_hook(self._keep(name)) for name, layer in self._layers.items()]
 
     def _keep(self, name: str) -> Any:
         @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -206,7 +213,7 @@ def class_dimension(layer: nn.Module) -> int:
     return 1 if kinds and kinds[-1] else -1
 
 
-class LogitTap:
+class LogitTap(ForwardHooks):
     """Keep what a classification layer gets and puts out, and let a mask change what others get of it.
 
     That is, while the ``with`` block lasts.
@@ -234,19 +241,13 @@ class LogitTap:
         self.logits: Tensor | None = None
         self._layer = layer
         self._mask = mask
-        self._handles: list[Any] = []
 
-    def __enter__(self) -> "LogitTap":
+    @override
+    def register(self) -> Iterable[RemovableHandle]:
         # before all other hooks, since another tap may mask too
-        self._handles.append(self._layer.register_forward_hook(self._keep, prepend=True, with_kwargs=True))
+        yield self._layer.register_forward_hook(self._keep, prepend=True, with_kwargs=True)
         if self._mask is not None:
-            self._handles.append(self._layer.register_forward_hook(self._hide))
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+            yield self._layer.register_forward_hook(self._hide)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _keep(self, layer: nn.Module, inputs: Any, named: dict[str, Any], output: Any) -> None:

@@ -149,7 +149,7 @@ class AdaGauss(GaussianCallback):
             reduction,
             warmup,
             head=head,
-            name=type(self).__name__,
+            name=self.name,
             keeps_teacher=adapt != "none",
         )
         self.adapter_training = AdapterTraining(
@@ -168,7 +168,7 @@ class AdaGauss(GaussianCallback):
         for callback in compat.callbacks_of(trainer):
             if isinstance(callback, FeatureRegulariser):
                 raise MisconfigurationException(
-                    f"{type(self).__name__} has the term of {type(callback).__name__} already. Take one of the two out."
+                    f"{self.name} has the term of {type(callback).__name__} already. Take one of the two out."
                 )
         self.regulariser.setup(trainer, pl_module, stage)
 
@@ -184,12 +184,12 @@ class AdaGauss(GaussianCallback):
         width = self.shape[1]
         if self.adaptation in ("diag", "full") and self.samples <= width:
             raise MisconfigurationException(
-                f"`samples={self.samples}` of {type(self).__name__} give no covariance of {width} features. Draw more"
+                f"`samples={self.samples}` of {self.name} give no covariance of {width} features. Draw more"
                 " samples than there are features, or say `adapt='mean'`."
             )
         if self.gaussians is not None and self.adaptation != "none" and self.regulariser.teacher is None:
             raise MisconfigurationException(
-                f"{type(self).__name__} was resumed with `adapt={self.adaptation!r}`, and the checkpoint has no"
+                f"{self.name} was resumed with `adapt={self.adaptation!r}`, and the checkpoint has no"
                 " teacher, since it was written with `adapt='none'` and `distillation=0`. Go on with these."
             )
 
@@ -241,7 +241,7 @@ class AdaGauss(GaussianCallback):
         gaussians = super().take(trainer, pl_module, task)
         if not bool(gaussians.means.isfinite().all() and gaussians.scatter.isfinite().all()):
             raise ValueError(
-                f"{type(self).__name__} needs finite features, and those of task {task.index} ({task.name}) are not:"
+                f"{self.name} needs finite features, and those of task {task.index} ({task.name}) are not:"
                 " its training diverged. Use a smaller learning rate, a smaller `distillation`, or"
                 " `Trainer(gradient_clip_val=1)`."
             )
@@ -257,7 +257,7 @@ class AdaGauss(GaussianCallback):
         moved = adapt_gaussians(self.gaussians, adapter, self.adaptation, count, generator, self.adaptation_shrinkage)
         if not bool(moved.means.isfinite().all() and moved.scatter.isfinite().all()):
             raise ValueError(
-                f"{type(self).__name__} cannot bring Gaussians along with task {task.index} ({task.name}): what its"
+                f"{self.name} cannot bring Gaussians along with task {task.index} ({task.name}): what its"
                 " adapter puts out is not finite. Use a smaller `adapter_lr`; if the features themselves have grown,"
                 " a smaller learning rate, or `Trainer(gradient_clip_val=1)`."
             )

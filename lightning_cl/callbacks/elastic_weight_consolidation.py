@@ -84,7 +84,7 @@ class ElasticWeightConsolidation(Regulariser):
     def training_loss(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, outputs: Any
     ) -> Tensor | None:
-        if not self.anchor or not self.knows_tasks:
+        if not self.anchor or not self.in_stream:
             return None
         named = self._checked_parameters(pl_module)
         if self._flat is None:
@@ -95,7 +95,7 @@ class ElasticWeightConsolidation(Regulariser):
 
     @override
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
-        if not self.knows_tasks:
+        if not self.in_stream:
             return
         named = self._checked_parameters(pl_module)
         head = {id(part) for part in layer_named(pl_module, self.layer).parameters()}

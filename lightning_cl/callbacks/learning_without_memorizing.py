@@ -90,7 +90,7 @@ class LearningWithoutMemorizing(LogitDistiller):
                 self.map_layer = find_map_layer(pl_module, self.call, batch, self.layer, self._named)
                 check_second_derivative(pl_module, self.call, batch, self.map_layer)
             except MisconfigurationException as error:
-                raise MisconfigurationException(f"{type(self).__name__}: {error}") from None
+                raise MisconfigurationException(f"{self.name}: {error}") from None
 
     @override
     def around_training_step(
@@ -109,7 +109,7 @@ class LearningWithoutMemorizing(LogitDistiller):
                 return step(given)
 
         # in each task alike: a compiled module keeps the hooks that it was compiled with
-        tap = self.knows_tasks and self.gamma > 0
+        tap = self.in_stream and self.gamma > 0
         return super().around_training_step(trainer, pl_module, batch, batch_idx, tapped if tap else step)
 
     @override
@@ -140,7 +140,7 @@ class LearningWithoutMemorizing(LogitDistiller):
         if maps.shape != wanted.shape:
             raise ValueError(
                 f"`layer={self.map_layer!r}` gave maps of {maps.shape[1]} positions in `training_step`, and of"
-                f" {wanted.shape[1]} for the batch that it got, so {type(self).__name__} cannot compare them. Let the"
+                f" {wanted.shape[1]} for the batch that it got, so {self.name} cannot compare them. Let the"
                 " step leave the size of its inputs as it is."
             )
         return loss + self.gamma * (wanted - maps).abs().sum(1).mean()
@@ -165,7 +165,7 @@ class LearningWithoutMemorizing(LogitDistiller):
         if output is None or len(output) != rows:
             got = "did not call it" if output is None else f"put {len(output)} rows through it"
             raise ValueError(
-                f"{type(self).__name__} reads what `layer={self.map_layer!r}` puts out, and the step {got}, with {rows}"
+                f"{self.name} reads what `layer={self.map_layer!r}` puts out, and the step {got}, with {rows}"
                 f" rows of logits from `head={self.layer!r}`. Name a layer that it calls once with `layer=...`."
             )
         return output

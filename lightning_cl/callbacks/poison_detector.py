@@ -24,14 +24,14 @@ from lightning_cl.metrics.poisoning import (
     shift_slope,
 )
 from lightning_cl.reporting.poisoning import describe_value, print_verdict, write_poison_report
-from lightning_cl.tasks import ContinualCallback, Task, TaskClock
+from lightning_cl.tasks import Task
 from lightning_cl.tasks.layer_shift import LayerStates, shifts_between
 from lightning_cl.tasks.random_state import seed_generators
 from lightning_cl.tasks.run_directory import run_directory
-from lightning_cl.tasks.stream import ReplayStream
+from lightning_cl.tasks.stream_callback import StreamCallback
 
 
-class PoisonDetector(ContinualCallback):
+class PoisonDetector(StreamCallback):
     """Undo a task that moved the network further than a clean one does (arXiv 2507.04106).
 
     At the end of each task the mean outputs of the layers over the task's training data (and over the positions of a
@@ -133,11 +133,10 @@ class PoisonDetector(ContinualCallback):
         self._outlives_undoing: dict[str, Any] | None = None
         self._log_dir: Path | None = None
         self._layers = LayerStates(layers, space, samples)
-        self._forget()
 
-    def _forget(self) -> None:
-        self._stream: ReplayStream | None = None
-        self._clock: TaskClock | None = None
+    @override
+    def forget(self) -> None:
+        super().forget()
         self._layers.forget()
 
     @property
@@ -154,13 +153,8 @@ class PoisonDetector(ContinualCallback):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        clock = TaskClock.of(trainer)
-        if clock is None or not isinstance(clock.stream, ReplayStream) or len(clock.stream.tasks) < 2:
-            raise MisconfigurationException(
-                "PoisonDetector compares tasks, and this fit has no stream of several. Wrap your DataModule in a task"
-                " sequence, such as `ClassIncremental(your_datamodule, num_tasks=5)`."
-            )
-        last = len(clock.stream.tasks) - 1
+        tasks = self.need_stream(trainer, "compares tasks", several=True).tasks
+        last = len(tasks) - 1
         named = [(f"`detect_from={self.detect_from}`", self.detect_from)]
         if self.threshold is None:
             own = f"`calibrate_task={self.calibrate_task}`"
@@ -171,13 +165,8 @@ class PoisonDetector(ContinualCallback):
                     f"{name} of PoisonDetector is outside the stream, whose tasks are 0 to {last}. Calibrate earlier,"
                     " or give a `threshold`."
                 )
-        for task in clock.stream.tasks:
-            if self.space == "activation" and clock.stream.samples_of(task.index) is None:
-                raise MisconfigurationException(
-                    f"PoisonDetector draws samples by index, and the data of task {task.index} ({task.name}) can only"
-                    " be iterated. Compare weights with `space='parameter'`."
-                )
-        self._stream, self._clock = clock.stream, clock
+        if self.space == "activation":
+            self.check_indexed(tasks, "Compare weights with `space='parameter'`.")
         self.record, self._runs, self._before, self._outlives_undoing = [], [], {}, None
 
     @override
@@ -229,7 +218,7 @@ class PoisonDetector(ContinualCallback):
             accepted = self._judge(trainer, task, entry)
         self._log(pl_module, entry)
         if not accepted:
-            self._outlives_undoing = copy.deepcopy(self.state_dict())
+            self._outlives_undoing = self.state_dict()
         return accepted
 
     @override
@@ -251,14 +240,6 @@ class PoisonDetector(ContinualCallback):
             print_verdict(trainer, f"none of {len(judged)} tasks looks poisoned; the threshold is {limit}.")
 
     @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._forget()
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._forget()
-
-    @override
     def state_dict(self) -> dict[str, Any]:
         return {
             "settings": self._settings(),
@@ -269,7 +250,7 @@ class PoisonDetector(ContinualCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._stream is not None:
+        if self.in_stream:
             for name, own in self._settings().items():
                 saved = state_dict["settings"][name]
                 if saved != own and not (name == "threshold" and saved is not None and own is not None):
@@ -290,20 +271,6 @@ class PoisonDetector(ContinualCallback):
         known = [entry[self.statistic] for entry in self.record if entry["verdict"] in ("calibration", "clean")]
         values = self._runs if self.calibration == "repeats" else known
         return clean_limit(values, self.statistic, self.aggregate, self.margin) if known else None
-
-    @property
-    def stream(self) -> ReplayStream:
-        """The tasks of the running fit."""
-        if self._stream is None:
-            raise RuntimeError("PoisonDetector was asked outside a fit.")
-        return self._stream
-
-    @property
-    def clock(self) -> TaskClock:
-        """The clock of the running fit."""
-        if self._clock is None:
-            raise RuntimeError("PoisonDetector was asked outside a fit.")
-        return self._clock
 
     def _settings(self) -> dict[str, Any]:
         names = ("layers", "statistic", "space", "calibrate_task", "calibration_runs", "aggregate", "calibration")

@@ -14,12 +14,12 @@ from typing_extensions import override
 from lightning_cl.arguments import check_count, check_list
 from lightning_cl.metrics.sample_shift import precision_at_k, sample_scores
 from lightning_cl.reporting.sample_screen import ScreenedSample, write_ranking, write_suspects
-from lightning_cl.tasks import ContinualCallback, Task, TaskClock
+from lightning_cl.tasks import Task
 from lightning_cl.tasks.evaluation import evaluating, sample_batches
 from lightning_cl.tasks.probes import choose
 from lightning_cl.tasks.run_directory import run_directory
 from lightning_cl.tasks.sample_outputs import SampleOutputs
-from lightning_cl.tasks.stream import ReplayStream
+from lightning_cl.tasks.stream_callback import StreamCallback
 
 _USUAL = 8  # images of the least suspicious, to compare with: one row
 
@@ -36,7 +36,7 @@ class Ranking(NamedTuple):
     scores: Tensor
 
 
-class SampleScreen(ContinualCallback):
+class SampleScreen(StreamCallback):
     """Rank the samples of a task by how suspiciously they moved while it was learnt, for a person to look at.
 
     A `PoisonDetector` judges whole tasks (arXiv 2507.04106). Where only some samples are poisoned, this observer says
@@ -93,11 +93,10 @@ class SampleScreen(ContinualCallback):
         self._newest: tuple[int, Ranking] | None = None
         self._log_dir: Path | None = None
         self._outputs = SampleOutputs(layers)
-        self._forget()
 
-    def _forget(self) -> None:
-        self._stream: ReplayStream | None = None
-        self._clock: TaskClock | None = None
+    @override
+    def forget(self) -> None:
+        super().forget()
         self._outputs.forget()
 
     @override
@@ -105,25 +104,13 @@ class SampleScreen(ContinualCallback):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        clock = TaskClock.of(trainer)
-        if clock is None or not isinstance(clock.stream, ReplayStream) or len(clock.stream.tasks) < 2:
-            raise MisconfigurationException(
-                "SampleScreen compares samples before and after a task, and this fit has no stream of several. Wrap"
-                " your DataModule in a task sequence, such as `ClassIncremental(your_datamodule, num_tasks=5)`."
-            )
-        tasks = clock.stream.tasks
+        tasks = self.need_stream(trainer, "compares samples before and after a task", several=True).tasks
         if self.tasks is not None and max(self.tasks) >= len(tasks):
             raise MisconfigurationException(
                 f"`tasks={self.tasks}` of SampleScreen has one outside the stream, whose tasks are 0 to"
                 f" {len(tasks) - 1}."
             )
-        for task in tasks:
-            if self._screens(task) and clock.stream.samples_of(task.index) is None:
-                raise MisconfigurationException(
-                    f"SampleScreen asks for samples by index, and the data of task {task.index} ({task.name}) can only"
-                    " be iterated."
-                )
-        self._stream, self._clock = clock.stream, clock
+        self.check_indexed(filter(self._screens, tasks))
         self.rankings, self._before, self._newest = {}, {}, None
 
     @override
@@ -177,14 +164,6 @@ class SampleScreen(ContinualCallback):
             self.rankings[task.index] = self._newest[1]
 
     @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._forget()
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._forget()
-
-    @override
     def state_dict(self) -> dict[str, Any]:
         return {
             "settings": self._settings(),
@@ -197,7 +176,7 @@ class SampleScreen(ContinualCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._stream is None:  # a test screens nothing, and must not replace the rankings of a fit
+        if not self.in_stream:  # a test screens nothing, and must not replace the rankings of a fit
             return
         for name, own in self._settings().items():
             if state_dict["settings"][name] != own:
@@ -226,20 +205,6 @@ class SampleScreen(ContinualCallback):
         if task not in self.rankings:
             raise ValueError(f"`task={task}` was not screened; these were: {', '.join(map(str, self.rankings))}.")
         return self.rankings[task]
-
-    @property
-    def stream(self) -> ReplayStream:
-        """The tasks of the running fit."""
-        if self._stream is None:
-            raise RuntimeError("SampleScreen was asked outside a fit.")
-        return self._stream
-
-    @property
-    def clock(self) -> TaskClock:
-        """The clock of the running fit."""
-        if self._clock is None:
-            raise RuntimeError("SampleScreen was asked outside a fit.")
-        return self._clock
 
     def _settings(self) -> dict[str, Any]:
         return copy.deepcopy({"layers": self.layers, "tasks": self.tasks, "samples": self.samples})

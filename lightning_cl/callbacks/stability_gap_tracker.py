@@ -15,7 +15,7 @@ from lightning_cl.arguments import check_choice, check_count
 from lightning_cl.metrics.curve import AccuracyCurve
 from lightning_cl.reporting.stability import PREFIXES, stability_figures, write_stability
 from lightning_cl.taps import own_outputs
-from lightning_cl.tasks import ContinualCallback, Task, TaskClock, compat
+from lightning_cl.tasks import Task, compat
 from lightning_cl.tasks.checkpoints import check_followers
 from lightning_cl.tasks.evaluation import evaluating, find_call
 from lightning_cl.tasks.exit_callback import ExitCallback, exits_of
@@ -24,11 +24,11 @@ from lightning_cl.tasks.module_call import ModuleCall
 from lightning_cl.tasks.probes import Probes, choose
 from lightning_cl.tasks.provisional_head import ProvisionalHead
 from lightning_cl.tasks.run_directory import run_directory
-from lightning_cl.tasks.stream import ReplayStream
+from lightning_cl.tasks.stream_callback import StreamCallback
 from lightning_cl.tasks.task import classes_apart
 
 
-class StabilityGapTracker(ContinualCallback):
+class StabilityGapTracker(StreamCallback):
     """Measure the accuracy on every task while the run learns the next (De Lange et al., ICLR 2023; arXiv 2411.04723).
 
     Between two tasks accuracy often falls deep and comes back, which figures at task ends do not show. This observer
@@ -104,10 +104,9 @@ class StabilityGapTracker(ContinualCallback):
         self._provisional: ProvisionalHead | None = None
         self.forget()
 
+    @override
     def forget(self) -> None:
-        """Let go of what belongs to one fit; what a checkpoint of it holds stays."""
-        self._stream: ReplayStream | None = None
-        self._clock: TaskClock | None = None
+        super().forget()
         self._call: ModuleCall | None = None
         self._exits: ExitCallback | None = None
         self._probes = Probes()
@@ -120,36 +119,22 @@ class StabilityGapTracker(ContinualCallback):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        clock = TaskClock.of(trainer)
-        if clock is None or not isinstance(clock.stream, ReplayStream):
-            raise MisconfigurationException(
-                "StabilityGapTracker follows the tasks of a stream, and this fit has none. Wrap your DataModule in a"
-                " task sequence, such as `ClassIncremental(your_datamodule, num_tasks=5)`."
-            )
-        self._clock, self._stream = clock, clock.stream
+        tasks = self.need_stream(trainer, "follows the tasks of a stream").tasks
         heads = heads_of(trainer)
         if self.compare_heads:
             compared_head(trainer)
         self._exits = self._exits_to_measure(trainer)
         self._provisional = ProvisionalHead(heads[0], self.probe_size, self.nmc_refresh) if heads else None
-        self.curve = AccuracyCurve(len(self._stream.tasks), 1 + self.compare_heads)
-        self._names = [task.name for task in self._stream.tasks]
+        self.curve = AccuracyCurve(len(tasks), 1 + self.compare_heads)
+        self._names = [task.name for task in tasks]
         self._heads = [type(head).__name__ for head in heads]
         if self.compare_heads or not heads:
             self._heads.append("network" if self.exits else "classification layer")
         self._prefixes = list(PREFIXES[: len(self._heads)])
-        self._classes = [torch.tensor(own) for own in classes_apart(self._stream.tasks)]
+        self._classes = [torch.tensor(own) for own in classes_apart(tasks)]
         monitors = (str(getattr(callback, "monitor", None)) for callback in compat.callbacks_of(trainer))
         self._followed = {monitor for monitor in monitors if monitor.startswith("stability/")}
-        check_followers(trainer, clock, self._followed)
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.forget()
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.forget()
+        check_followers(trainer, self.clock, self._followed)
 
     def _exits_to_measure(self, trainer: Trainer) -> ExitCallback | None:
         if not self.exits:
@@ -222,7 +207,7 @@ class StabilityGapTracker(ContinualCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._stream is None:  # a test has nothing to follow, and must not replace the curve of a fit
+        if not self.in_stream:  # a test has nothing to follow, and must not replace the curve of a fit
             return
         self._make_room_for_exits()
         saved, own = state_dict["curve"]["accuracies"].shape[1], len(self._prefixes)
@@ -244,20 +229,6 @@ class StabilityGapTracker(ContinualCallback):
         with ``exit_1_`` and so on, and of the end with ``end_``.
         """
         return stability_figures(self.curve, self.window, self._prefixes)
-
-    @property
-    def stream(self) -> ReplayStream:
-        """The tasks of the running fit."""
-        if self._stream is None:
-            raise RuntimeError("StabilityGapTracker was asked outside a fit.")
-        return self._stream
-
-    @property
-    def clock(self) -> TaskClock:
-        """The clock of the running fit."""
-        if self._clock is None:
-            raise RuntimeError("StabilityGapTracker was asked outside a fit.")
-        return self._clock
 
     def _check_probes(self, trainer: Trainer, task: Task) -> None:
         samples = self.stream.samples_of(task.index, "val")

@@ -63,7 +63,8 @@ def contact_sheet(rows: Sequence[SheetRow], title: str) -> Figure:
         for number, images in enumerate(row.pairs):
             for side, image in enumerate(images):
                 ax = figure.add_subplot(grid[place, 3 * number + side])
-                _show(ax, image)
+                draw_image(ax, image)
+                ax.spines[:].set_visible(False)
                 if place == 0:
                     ax.set_title(("clean", "poisoned")[side], fontsize=8, pad=3)
                 if number == side == 0:
@@ -73,10 +74,15 @@ def contact_sheet(rows: Sequence[SheetRow], title: str) -> Figure:
     return figure
 
 
-def _show(ax: Axes, image: Tensor) -> None:
+def draw_image(ax: Axes, image: Tensor) -> None:
+    """Draw an image without ticks.
+
+    Args:
+        ax: Where to draw.
+        image: Pixels from 0 to 255 in the form ``(channels, height, width)``; one channel is grey.
+    """
     pixels = image.cpu().movedim(0, -1).numpy()
     grey = pixels.shape[-1] == 1
     ax.imshow(pixels[..., 0] if grey else pixels, cmap="gray" if grey else None, vmin=0, vmax=255)
     ax.set_xticks([])
     ax.set_yticks([])
-    ax.spines[:].set_visible(False)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from lightning_cl.reporting.contact_sheet import draw_image
 from lightning_cl.reporting.plots import png_of
 from lightning_cl.reporting.results import write_atomically
 
@@ -94,11 +95,7 @@ def suspects_figure(
     for row, group in zip((0, first), groups, strict=False):
         for place, sample in enumerate(group):
             ax = figure.add_subplot(grid[row + place // _COLUMNS, place % _COLUMNS])
-            pixels = shown[number].movedim(0, -1).numpy()
-            grey = pixels.shape[-1] == 1
-            ax.imshow(pixels[..., 0] if grey else pixels, cmap="gray" if grey else None, vmin=0, vmax=255)
-            ax.set_xticks([])
-            ax.set_yticks([])
+            draw_image(ax, shown[number])
             ax.spines[:].set_color("tab:red" if sample.poisoned else "0.7")
             ax.spines[:].set_linewidth(2.0 if sample.poisoned else 0.5)
             text = f"{sample.position} · class {sample.label}\n{sample.score:.3g}"

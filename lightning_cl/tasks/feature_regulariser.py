@@ -92,7 +92,7 @@ class FeatureRegulariser(TeacherRegulariser):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" and self.anti_collapse and not self.knows_tasks:
+        if stage == "fit" and self.anti_collapse and not self.in_stream:
             raise MisconfigurationException(
                 f"{self.name} asks a task sequence for the classes, to find the classification layer, and this fit has"
                 " none. Wrap your DataModule in one: `Joint(your_datamodule)` is one of a single task."
@@ -101,7 +101,7 @@ class FeatureRegulariser(TeacherRegulariser):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        if self.knows_tasks and self.distillation:
+        if self.in_stream and self.distillation:
             width = features_of_layer(layer_named(pl_module, self.layer))
             if width is None:
                 raise MisconfigurationException(
@@ -127,14 +127,14 @@ class FeatureRegulariser(TeacherRegulariser):
             checkpoint: The checkpoint that is loaded.
             state: This callback's state in it; ``None`` if it was not there.
         """
-        if self.knows_tasks and checkpoint.get("optimizer_states"):
+        if self.in_stream and checkpoint.get("optimizer_states"):
             had = state is not None and state["projector"] is not None
             match_optimizer_state(checkpoint["optimizer_states"][0], had, self.distillation > 0)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        if self.knows_tasks and self.anti_collapse:
+        if self.in_stream and self.anti_collapse:
             self._check_batches(trainer, features_of_layer(layer_named(pl_module, self.layer)))
 
     @override
@@ -166,7 +166,7 @@ class FeatureRegulariser(TeacherRegulariser):
     def training_loss(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, outputs: Any
     ) -> Tensor | None:
-        if not self.knows_tasks:
+        if not self.in_stream:
             return None
         terms = []
         features = self.student_features()
@@ -189,7 +189,7 @@ class FeatureRegulariser(TeacherRegulariser):
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         clock = TaskClock.of(trainer)
-        if not self.knows_tasks or clock is None or clock.progress.epochs >= int(self.warmup * clock.planned_epochs):
+        if not self.in_stream or clock is None or clock.progress.epochs >= int(self.warmup * clock.planned_epochs):
             return
         trained: set[Tensor] = set(layer_named(pl_module, self.layer).parameters())
         trained.update(() if self.projector is None else self.projector.parameters())

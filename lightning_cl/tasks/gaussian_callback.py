@@ -214,7 +214,7 @@ class GaussianCallback(HeadCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        saved, name = state_dict["options"], type(self).__name__
+        saved, name = state_dict["options"], self.name
         for option in _FIXED:
             if saved[option] != self.options[option]:
                 raise MisconfigurationException(
@@ -260,7 +260,7 @@ class GaussianCallback(HeadCallback):
             images = None
         if not isinstance(images, Tensor) or images.ndim != 4:
             raise MisconfigurationException(
-                f"`flips=True` of {type(self).__name__} mirrors images, (batch, channels, height, width), and the batch"
+                f"`flips=True` of {self.name} mirrors images, (batch, channels, height, width), and the batch"
                 f" has {describe(batch if images is None else images)}. Say `flips=False`, or name the images with"
                 " `inputs=...` on the task sequence."
             )

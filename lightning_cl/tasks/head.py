@@ -12,14 +12,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_cl.heads import pool_positions
-from lightning_cl.taps import LayerTap, OutputReplacement, find_head, layer_named, own_outputs
+from lightning_cl.taps import LayerTap, OutputReplacement, layer_named, own_outputs
 from lightning_cl.tasks import compat
 from lightning_cl.tasks.batches import describe
-from lightning_cl.tasks.callback import ContinualCallback
-from lightning_cl.tasks.clock import TaskClock
 from lightning_cl.tasks.evaluation import evaluating, find_call
 from lightning_cl.tasks.module_call import ModuleCall
-from lightning_cl.tasks.stream import ReplayStream
+from lightning_cl.tasks.stream_callback import StreamCallback
 from lightning_cl.tasks.stream_means import Source
 
 
@@ -43,7 +41,7 @@ def compared_head(trainer: Trainer) -> "HeadCallback":
     return heads[0]
 
 
-class HeadCallback(ContinualCallback):
+class HeadCallback(StreamCallback):
     """Base class of callbacks that replace what the classification layer predicts.
 
     Training sees the layer's own output. In eval mode a head answers from the layer's input, so the module's own
@@ -64,7 +62,6 @@ class HeadCallback(ContinualCallback):
         self._layer: str | None = None
         self._call: ModuleCall | None = None
         self._shape = (0, 0)
-        self._stream: ReplayStream | None = None
         self._replacement: OutputReplacement | None = None
 
     @override
@@ -78,37 +75,20 @@ class HeadCallback(ContinualCallback):
             )
         if stage != "fit":
             return
-        clock = TaskClock.of(trainer)
-        if clock is None or not isinstance(clock.stream, ReplayStream):
-            raise MisconfigurationException(
-                f"{type(self).__name__} reads the training data of each task, and this fit has no tasks. Wrap your"
-                " DataModule in a task sequence: `Joint(your_datamodule)` is one of a single task."
-            )
+        joint = "Joint(your_datamodule)"
+        tasks = self.need_stream(trainer, "reads the training data of each task", sequence=joint).tasks
         if any(isinstance(callback, WeightAveraging) for callback in compat.callbacks_of(trainer)):
             raise MisconfigurationException(
-                f"{type(self).__name__} learns its head from the features of the weights in training, and"
+                f"{self.name} learns its head from the features of the weights in training, and"
                 " WeightAveraging evaluates other weights, which the head does not fit. Take one out."
             )
-        self._stream = clock.stream
-        for task in clock.stream.tasks:
-            if clock.stream.samples_of(task.index) is None:
-                raise MisconfigurationException(
-                    f"{type(self).__name__} needs data sets that can be indexed, and the data of task {task.index}"
-                    f" ({task.name}) can only be iterated."
-                )
+        self.check_indexed(tasks)
         self._layer = self.classifier = self._call = None
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        try:
-            for task in self.stream.tasks:
-                self.stream.check_labels(task.index)
-        except ValueError as error:
-            raise MisconfigurationException(f"{type(self).__name__} needs class labels. {error}") from None
-        try:
-            self._layer = find_head(pl_module, self.stream.num_classes, self.head)
-        except ValueError as error:
-            raise MisconfigurationException(f"{type(self).__name__}: {error}") from None
+        self.check_labels()
+        self._layer = self.find_layer(pl_module, self.head)
         self._stand_in(pl_module)
 
     @override
@@ -118,7 +98,7 @@ class HeadCallback(ContinualCallback):
             features, outputs = self.features_of(pl_module, batch), pool_positions(tap.outputs[self.layer])
         if features.ndim != 2:
             raise MisconfigurationException(
-                f"`head={self.layer!r}` gets {describe(features)}; {type(self).__name__} needs one row of features for"
+                f"`head={self.layer!r}` gets {describe(features)}; {self.name} needs one row of features for"
                 " each sample."
             )
         self._shape = outputs.shape[1], features.shape[1]
@@ -138,18 +118,17 @@ class HeadCallback(ContinualCallback):
         self._stand_in(pl_module)
 
     @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._stand_back()
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._stand_back()
+    def forget(self) -> None:
+        super().forget()
+        if self._replacement is not None:
+            self._replacement.remove()
+        self._replacement = self._call = None
 
     @property
     def layer(self) -> str:
         """Name of the classification layer."""
         if self._layer is None:
-            raise RuntimeError(f"{type(self).__name__} was asked for its layer before a fit.")
+            raise RuntimeError(f"{self.name} was asked for its layer before a fit.")
         return self._layer
 
     @property
@@ -160,7 +139,7 @@ class HeadCallback(ContinualCallback):
     def features_of(self, pl_module: LightningModule, batch: Any) -> Tensor:
         """Return what the classification layer gets of a batch, ``(batch, width)``; for use in `evaluating`."""
         if self._call is None:
-            raise RuntimeError(f"{type(self).__name__} was asked for features before training began.")
+            raise RuntimeError(f"{self.name} was asked for features before training began.")
         with own_outputs(), LayerTap({self.layer: layer_named(pl_module, self.layer)}) as tap:
             self._call(batch)
         return pool_positions(tap.inputs[self.layer])
@@ -213,7 +192,7 @@ class HeadCallback(ContinualCallback):
             RuntimeError: If the head knows no class yet.
         """
         if self.classifier is None or self._layer is None:
-            raise RuntimeError(f"{type(self).__name__} has learnt no head yet: fit it, or load its state.")
+            raise RuntimeError(f"{self.name} has learnt no head yet: fit it, or load its state.")
         return OutputReplacement(module, layer_named(module, self._layer), self.classifier)
 
     def learn(self, classifier: nn.Module | None) -> None:
@@ -221,13 +200,6 @@ class HeadCallback(ContinualCallback):
         self.classifier = classifier
         if self._replacement is not None:
             self._replacement.head = classifier
-
-    @property
-    def stream(self) -> ReplayStream:
-        """The tasks of the running fit."""
-        if self._stream is None:
-            raise RuntimeError(f"{type(self).__name__} was asked outside a fit.")
-        return self._stream
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -252,11 +224,6 @@ class HeadCallback(ContinualCallback):
     def _warn_without_head(self) -> None:
         if self.classifier is None:
             rank_zero_warn(
-                f"{type(self).__name__} has no head yet, so the classification layer answers. Heads are learnt in `fit`"
+                f"{self.name} has no head yet, so the classification layer answers. Heads are learnt in `fit`"
                 " and kept in its checkpoints: say `ckpt_path=...`, also after a fit in spawned processes."
             )
-
-    def _stand_back(self) -> None:
-        if self._replacement is not None:
-            self._replacement.remove()
-        self._replacement = self._stream = self._call = None

@@ -1,15 +1,17 @@
 """How far the layers of a module move while it learns a task: what they put out on average, or their weights."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
 
 from lightning_cl.heads import pool_positions
-from lightning_cl.taps import layers_matching, own_outputs
+from lightning_cl.taps import ForwardHooks, layers_matching, own_outputs
 from lightning_cl.tasks.batches import describe
 from lightning_cl.tasks.evaluation import evaluating, sample_batches
 from lightning_cl.tasks.module_call import Call, ways_to_call
@@ -20,7 +22,7 @@ from lightning_cl.tasks.task import Task
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
-class OutputSums:
+class OutputSums(ForwardHooks):
     """Sum up what some layers put out over samples, while the ``with`` block lasts.
 
     A layer that is called several times for a batch counts with the mean over its calls, and a convolution with the
@@ -42,17 +44,10 @@ class OutputSums:
         self.totals: dict[str, Tensor] = {}
         self.rows: dict[str, int] = {}
         self._layers = layers
-        self._handles: list[Any] = []
 
-    def __enter__(self) -> "OutputSums":
-        for name, layer in self._layers.items():
-            self._handles.append(layer.register_forward_hook(self._add_to(name)))
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+    @override
+    def register(self) -> Iterable[RemovableHandle]:
+        return [layer.register_forward_hook(self._add_to(name)) for name, layer in self._layers.items()]
 
     def _add_to(self, name: str) -> Any:
         @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -172,7 +167,7 @@ class LayerStates:
         """Return the state of the layers, in the order of the module; the same on every rank."""
         layers = self.find(pl_module)  # anew: a module may put other layers in the place of the old ones
         if self._space == "parameter":
-            return weights_of(layers)
+            return layer_weights(layers)
         if self._call is None:
             raise RuntimeError("Layers were asked for their outputs before training began.")
         count = stream.samples_of(task.index) or 0
@@ -220,7 +215,7 @@ def mean_outputs(
     return means if shared else trainer.strategy.broadcast(means)
 
 
-def weights_of(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+def layer_weights(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Return copies of the layers' parameters on the CPU, ``<layer>:<parameter>`` for a name."""
     return {
         f"{name}:{part}": parameter.detach().cpu().clone()
@@ -235,7 +230,7 @@ def shifts_between(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) ->
     Of a layer that has grown in between, such as a head with new classes, what it had before is compared.
 
     Args:
-        before: Tensors by layer, or by layer and parameter as `weights_of` names them.
+        before: Tensors by layer, or by layer and parameter as `layer_weights` names them.
         after: The same later.
 
     Raises:

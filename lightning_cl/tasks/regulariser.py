@@ -12,18 +12,16 @@ from typing_extensions import override
 
 from lightning_cl.arguments import check_number
 from lightning_cl.heads import pool_positions
-from lightning_cl.taps import ClassMask, LogitTap, find_head, layer_named
+from lightning_cl.taps import ClassMask, LogitTap, layer_named
 from lightning_cl.tasks import compat
-from lightning_cl.tasks.callback import ContinualCallback
-from lightning_cl.tasks.clock import TaskClock
 from lightning_cl.tasks.evaluation import find_call
 from lightning_cl.tasks.exit_callback import ExitCallback
 from lightning_cl.tasks.other_weights import WithWeights, held_in_eval_mode
-from lightning_cl.tasks.stream import ReplayStream
+from lightning_cl.tasks.stream_callback import StreamCallback
 from lightning_cl.tasks.task import Task
 
 
-class Regulariser(ContinualCallback):
+class Regulariser(StreamCallback):
     """Base class of behaviours that add a term which holds the network to its past.
 
     While a task is trained, the module's own loss sees the logits of some classes only; see ``task_classes_only``. A
@@ -49,16 +47,10 @@ class Regulariser(ContinualCallback):
         self.head = head
         self.classes: tuple[int, ...] = ()
         self._layer: str | None = None
-        self._stream: ReplayStream | None = None
         self._call: WithWeights | None = None
         self._mask = ClassMask(())
         self._read_classes: dict[int, tuple[int, ...]] = {}
         self._tap: LogitTap | None = None
-
-    @property
-    def name(self) -> str:
-        """What it is called in errors and warnings."""
-        return type(self).__name__
 
     def reset(self) -> None:
         """Forget all tasks: a fit begins."""
@@ -71,37 +63,26 @@ class Regulariser(ContinualCallback):
             return
         self.reset()
         self.forget()
-        clock = TaskClock.of(trainer)
-        if clock is not None and isinstance(clock.stream, ReplayStream):
-            self._check(trainer, clock.stream)
-            self._stream = clock.stream
+        if self.find_stream(trainer):
+            self._check(trainer)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._stream is None:
-            return
-        name = self.name
-        try:
-            for task in self._stream.tasks:
-                self._stream.check_labels(task.index)
-        except ValueError as error:
-            raise MisconfigurationException(f"{name} needs class labels. {error}") from None
-        try:
-            self._layer = find_head(pl_module, self._stream.num_classes, self.head)
-        except ValueError as error:
-            raise MisconfigurationException(f"{name}: {error}") from None
+        if self.in_stream:
+            self.check_labels()
+            self._layer = self.find_layer(pl_module, self.head)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._stream is None:
+        if not self.in_stream:
             return
         # a layer that is named may grow with the classes
         width = {} if self.head is None else {"num_outputs": None}
         options = {"head": self.layer, "differentiable": self.needs_gradients, **width}
-        call, few = find_call(trainer, pl_module, self._stream, **options)
+        call, few = find_call(trainer, pl_module, self.stream, **options)
         self._call = WithWeights(pl_module, call)
         self.look_at_batch(trainer, pl_module, few)
-        task = self._stream.current_task
+        task = self.stream.current_task
         if task.index > 0 and not self.classes:
             rank_zero_warn(
                 f"{self.name} begins at task {task.index} ({task.name}) without a past: the checkpoint holds"
@@ -120,7 +101,7 @@ class Regulariser(ContinualCallback):
         batch_idx: int,
         step: Callable[[Any], Any],
     ) -> Any:
-        if self._stream is None:
+        if not self.in_stream:
             return step(batch)
         mask = self.class_mask() if self.task_classes_only else None
         # by name: a module may put a new layer in the place of the old one
@@ -134,20 +115,13 @@ class Regulariser(ContinualCallback):
 
     @override
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
-        if self.knows_tasks:
+        if self.in_stream:
             self.classes = self._with_past(self.classes_of(task))
 
     @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.forget()
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.forget()
-
     def forget(self) -> None:
-        """Let go of what belongs to one fit; what was learnt of past tasks stays."""
-        self._stream = self._call = self._tap = self._layer = None
+        super().forget()
+        self._call = self._tap = self._layer = None
         self._read_classes = {}
 
     @override
@@ -156,7 +130,7 @@ class Regulariser(ContinualCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self.knows_tasks or not self.classes:  # a test must not replace what a fit learnt
+        if self.in_stream or not self.classes:  # a test must not replace what a fit learnt
             self.restore(state_dict)
 
     def restore(self, state_dict: dict[str, Any]) -> None:
@@ -166,18 +140,6 @@ class Regulariser(ContinualCallback):
             state_dict: What `state_dict` returned.
         """
         self.classes = tuple(state_dict["classes"])
-
-    @property
-    def stream(self) -> ReplayStream:
-        """The tasks of the running fit."""
-        if self._stream is None:
-            raise RuntimeError(f"{self.name} was asked outside a fit of a task sequence.")
-        return self._stream
-
-    @property
-    def knows_tasks(self) -> bool:
-        """Whether the fit has a task sequence."""
-        return self._stream is not None
 
     @property
     def layer(self) -> str:
@@ -267,7 +229,7 @@ class Regulariser(ContinualCallback):
     def _with_past(self, classes: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(sorted({*self.classes, *classes}))
 
-    def _check(self, trainer: Trainer, stream: ReplayStream) -> None:
+    def _check(self, trainer: Trainer) -> None:
         name = self.name
         if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
             raise MisconfigurationException(
@@ -279,9 +241,4 @@ class Regulariser(ContinualCallback):
                 f"{name} knows one classification layer, and early exits train others beside it, which it would not"
                 " hold to their past. Take one of the two out."
             )
-        for task in stream.tasks:
-            if stream.samples_of(task.index) is None:
-                raise MisconfigurationException(
-                    f"{name} needs data sets that can be indexed, and the data of task {task.index} ({task.name}) can"
-                    " only be iterated."
-                )
+        self.check_indexed(self.stream.tasks)

@@ -14,20 +14,19 @@ from lightning_cl.arguments import check_choice, check_count
 from lightning_cl.memory import ReplayMemory, Selection
 from lightning_cl.taps import LayerTap, find_head, layer_named
 from lightning_cl.tasks import compat
-from lightning_cl.tasks.callback import ContinualCallback
-from lightning_cl.tasks.clock import TaskClock
 from lightning_cl.tasks.evaluation import evaluate_samples, find_call
 from lightning_cl.tasks.exemplar_store import ExemplarStore
 from lightning_cl.tasks.loader import TaskDataset
 from lightning_cl.tasks.replay_plan import Mix, ReplayPlan
 from lightning_cl.tasks.stream import ReplayStream
+from lightning_cl.tasks.stream_callback import StreamCallback
 from lightning_cl.tasks.task import Task
 
 Storage = Literal["reference", "copy"]
 Start = Literal["next_task", "online"]
 
 
-class ReplayCallback(ContinualCallback):
+class ReplayCallback(StreamCallback):
     """Base class of callbacks that replay past samples.
 
     The memory is global: every process holds the same slots, draws the same samples at each step and takes its share
@@ -88,7 +87,6 @@ class ReplayCallback(ContinualCallback):
         self.head = head
         self.memory = None if size is None and per_class is None else self._new_memory(seed or 0)
         self._store = ExemplarStore()
-        self._stream: ReplayStream | None = None
         self._labels: dict[int, Tensor | None] = {}
 
     @override
@@ -96,13 +94,7 @@ class ReplayCallback(ContinualCallback):
         if self.memory is None or stage != "fit":
             return
         super().setup(trainer, pl_module, stage)
-        clock = TaskClock.of(trainer)
-        if clock is None or not isinstance(clock.stream, ReplayStream):
-            raise MisconfigurationException(
-                f"{type(self).__name__} replays samples of past tasks, and this fit has no tasks. Wrap your DataModule"
-                " in a task sequence, such as `ClassIncremental(your_datamodule, num_tasks=5)`."
-            )
-        self._stream = stream = clock.stream
+        stream = self.need_stream(trainer, "replays samples of past tasks")
         self._check(trainer, stream)
         self.memory = self._new_memory(stream.seed if self.seed is None else self.seed)
         self._store = ExemplarStore()
@@ -117,16 +109,8 @@ class ReplayCallback(ContinualCallback):
         )
 
     @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.forget()
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.forget()
-
     def forget(self) -> None:
-        """Let go of what belongs to one fit; the memory stays."""
-        self._stream = None
+        super().forget()
         self._labels = {}
 
     @override
@@ -143,7 +127,7 @@ class ReplayCallback(ContinualCallback):
             self._features(trainer, pl_module, task.index, torch.arange(1))
         if len(self.memory) == 0 and task.index > 0:
             rank_zero_warn(
-                f"{type(self).__name__} begins at task {task.index} ({task.name}) with an empty memory: the checkpoint"
+                f"{self.name} begins at task {task.index} ({task.name}) with an empty memory: the checkpoint"
                 " holds none, so nothing of earlier tasks is replayed."
             )
 
@@ -184,7 +168,7 @@ class ReplayCallback(ContinualCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # a test needs no memory, and must not replace that of a fit
-        if self.memory is None or self._stream is None or not state_dict:
+        if self.memory is None or not self.in_stream or not state_dict:
             return
         if self.seed is not None and state_dict["memory"]["seed"] != self.seed:
             raise MisconfigurationException(
@@ -218,13 +202,6 @@ class ReplayCallback(ContinualCallback):
     def needs_labels(self) -> bool:
         """Whether samples must have class labels."""
         return self.selection in ("class_balanced", "herding")
-
-    @property
-    def stream(self) -> ReplayStream:
-        """The tasks of the running fit."""
-        if self._stream is None:
-            raise RuntimeError(f"{type(self).__name__} was asked outside a fit.")
-        return self._stream
 
     def select(self, task: int, candidates: Tensor) -> Tensor:
         """Return the positions of those candidates whom the memory would take in now."""
@@ -269,35 +246,23 @@ class ReplayCallback(ContinualCallback):
         return self._labels[task]
 
     def _check(self, trainer: Trainer, stream: ReplayStream) -> None:
-        name = type(self).__name__
         others = [c for c in compat.callbacks_of(trainer) if isinstance(c, ReplayCallback) and c.memory is not None]
         if len(others) > 1:
             raise MisconfigurationException(
                 f"One run has one replay memory, got {' and '.join(type(c).__name__ for c in others)}. Take one out."
             )
-        for task in stream.tasks:
-            if stream.samples_of(task.index) is None:
-                raise MisconfigurationException(
-                    f"{name} needs data sets that can be indexed, and the data of task {task.index} ({task.name}) can"
-                    " only be iterated."
-                )
+        self.check_indexed(stream.tasks)
         classes = {label for task in stream.tasks for label in task.classes or ()}
         if self.size is not None and self.size < len(classes):
             raise MisconfigurationException(
-                f"`size={self.size}` of {name} is less than one slot for each of the {len(classes)} classes of the"
+                f"`size={self.size}` of {self.name} is less than one slot for each of the {len(classes)} classes of the"
                 f" stream. Give it at least {len(classes)}."
             )
         if self.selection == "random" and self.size is not None and self.size < len(stream.tasks):
             raise MisconfigurationException(
-                f"`size={self.size}` of {name} is less than one slot for each of the {len(stream.tasks)} tasks of the"
-                f" stream. Give it at least {len(stream.tasks)}."
+                f"`size={self.size}` of {self.name} is less than one slot for each of the {len(stream.tasks)} tasks of"
+                f" the stream. Give it at least {len(stream.tasks)}."
             )
         if self.needs_labels:
-            try:
-                for task in stream.tasks:
-                    stream.check_labels(task.index)
-            except ValueError as error:
-                raise MisconfigurationException(
-                    f"{name} with `selection={self.selection!r}` needs class labels. {error} For data without classes"
-                    " there is `Replay` with `selection='reservoir'` or 'random'."
-                ) from None
+            advice = "For data without classes there is `Replay` with `selection='reservoir'` or 'random'."
+            self.check_labels(f"with `selection={self.selection!r}`", advice)

@@ -1,14 +1,16 @@
 """What the layers of a module put out for each sample of a task, one vector a layer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
 
-from lightning_cl.taps import find_head, layers_matching
+from lightning_cl.taps import ForwardHooks, find_head, layers_matching
 from lightning_cl.tasks.batches import as_labels
 from lightning_cl.tasks.evaluation import evaluate_samples, find_call
 from lightning_cl.tasks.module_call import ModuleCall
@@ -17,7 +19,7 @@ from lightning_cl.tasks.stream import ReplayStream
 _CHANNELS_FIRST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm)
 
 
-class PooledOutputs:
+class PooledOutputs(ForwardHooks):
     """Keep a vector for each sample of what some layers put out, while the ``with`` block lasts.
 
     A layer that is called several times counts with the mean over its calls.
@@ -37,17 +39,10 @@ class PooledOutputs:
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         self._layers = layers
         self._calls: dict[str, list[Tensor]] = {}
-        self._handles: list[Any] = []
 
-    def __enter__(self) -> "PooledOutputs":
-        for name, layer in self._layers.items():
-            self._handles.append(layer.register_forward_hook(self._keep(name)))
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+    @override
+    def register(self) -> Iterable[RemovableHandle]:
+        return [layer.register_forward_hook(self._keep(name)) for name, layer in self._layers.items()]
 
     def take(self, rows: int) -> dict[str, Tensor]:
         """Return the vectors ``(rows, width)`` of the batch that was just passed, in the order of the layers.

@@ -57,7 +57,7 @@ class TeacherRegulariser(Regulariser):
         step: Callable[[Any], Any],
     ) -> Any:
         self.wanted = None
-        if self.asks_teacher and self.teacher is not None and self.knows_tasks:
+        if self.asks_teacher and self.teacher is not None and self.in_stream:
             self.teacher = on_device(self.teacher, pl_module.device)
             # before the step, whose activations would stand in memory beside the teacher's
             self.wanted = self.ask_teacher(pl_module, self.teacher, batch)
@@ -81,7 +81,7 @@ class TeacherRegulariser(Regulariser):
     @override
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
         super().on_task_end(trainer, pl_module, task)
-        if self.knows_tasks and self.keeps_teacher:
+        if self.in_stream and self.keeps_teacher:
             with evaluating(trainer, pl_module):  # there all ranks have the buffers of the first
                 self.teacher = copy_weights(pl_module)
 

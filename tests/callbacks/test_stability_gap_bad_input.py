@@ -107,7 +107,7 @@ def test_validation_data_that_can_only_be_iterated():
 
 
 def test_a_fit_without_tasks():
-    with pytest.raises(MisconfigurationException, match=r"this fit has none.*`ClassIncremental\("):
+    with pytest.raises(MisconfigurationException, match=r"this fit has no tasks.*`ClassIncremental\("):
         quiet_trainer(callbacks=[StabilityGapTracker()]).fit(NeverTrained(), datamodule=DigitsData())
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_cl.datamodules import ClassIncremental, DomainIncremental
 from lightning_cl.tasks import ContinualCallback
-from lightning_cl.tasks.layer_shift import LayerStates, OutputSums, shifts_between, weights_of
+from lightning_cl.tasks.layer_shift import LayerStates, OutputSums, layer_weights, shifts_between
 from tests.modules import (
     CLASSIFIERS,
     BrightnessData,
@@ -79,16 +79,16 @@ def test_the_shift_of_a_layer_is_the_distance_of_its_states():
 
 def test_the_weights_of_a_layer_are_one_shift():
     layer = nn.Linear(2, 1)
-    before = weights_of({"fc": layer})
+    before = layer_weights({"fc": layer})
     with torch.no_grad():
         layer.weight += torch.tensor([[2.0, 3.0]])
         layer.bias += 6
-    assert shifts_between(before, weights_of({"fc": layer})) == {"fc": pytest.approx(7.0)}
+    assert shifts_between(before, layer_weights({"fc": layer})) == {"fc": pytest.approx(7.0)}
 
 
 def test_weights_that_are_kept_do_not_move_with_the_layer():
     layer = nn.Linear(2, 1)
-    kept = weights_of({"fc": layer})["fc:weight"]
+    kept = layer_weights({"fc": layer})["fc:weight"]
     expected = kept.clone()
     with torch.no_grad():
         layer.weight += 1
