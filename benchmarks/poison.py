@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -215,10 +216,10 @@ class Meter(ContinualCallback):
             self.copies.append(copied - started)
             self.returns.append(time.perf_counter() - copied)
         self.bytes = size_of(copy) / size_of(pl_module.state_dict())
-        self._started = time.perf_counter()
+        self._started = time.process_time()
 
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
-        self.tasks.append(time.perf_counter() - self._started)
+        self.tasks.append(time.process_time() - self._started)
 
 
 class TimedDetector(PoisonDetector):
@@ -229,14 +230,14 @@ class TimedDetector(PoisonDetector):
         self.seconds: dict[int, float] = {}
 
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> None:
-        started = time.perf_counter()
+        started = time.process_time()
         super().on_task_start(trainer, pl_module, task)
-        self.seconds[task.index] = time.perf_counter() - started
+        self.seconds[task.index] = time.process_time() - started
 
     def accept_task(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> bool:
-        started = time.perf_counter()
+        started = time.process_time()
         accepted = super().accept_task(trainer, pl_module, task)
-        self.seconds[task.index] += time.perf_counter() - started
+        self.seconds[task.index] += time.process_time() - started
         return accepted
 
 
@@ -250,7 +251,7 @@ def size_of(value: Any) -> int:
 
 
 def cost(folder: Path, per_class: int = 500) -> None:
-    """Print the detector's time beside the task's training, and time and memory of undoing one.
+    """Print the detector's CPU time beside the task's training, and time and memory of undoing one.
 
     Args:
         folder: An empty one.
@@ -259,20 +260,17 @@ def cost(folder: Path, per_class: int = 500) -> None:
     write_part(folder, per_class)
     print("\n| network | `samples` | detector / training of a task | copy, ms | going back, ms | copy / weights |")
     print("|---|---|---|---|---|---|")
-    resnet = Classifier(build_backbone("resnet32", CLASSES, (3, 32, 32)))
-    for name, module, samples in (
-        ("convnet", ConvNet(32), 1000),
-        ("convnet", ConvNet(32), 500),
-        ("resnet32", resnet, 1000),
-    ):
+    networks = {"convnet": ConvNet(32), "resnet32": Classifier(build_backbone("resnet32", CLASSES, (3, 32, 32)))}
+    for (name, module), samples in product(networks.items(), (500, 1000)):
         seed_everything(0, verbose=False)
-        data = ClassIncremental(part_of_cifar(folder), classes_per_task=[4, 4], epochs_per_task=EPOCHS[-1], seed=0)
+        data = ClassIncremental(part_of_cifar(folder), classes_per_task=[4] * 4, epochs_per_task=EPOCHS[-1], seed=0)
         meter, detector = Meter(), TimedDetector(threshold=89.9, samples=samples)
         quiet_trainer(callbacks=[meter, detector], max_epochs=1, num_sanity_val_steps=0).fit(module, datamodule=data)
         # callbacks hear of tasks in the order of their names: all that the detector does lies within the meter's time
-        share = detector.seconds[1] / (meter.tasks[1] - detector.seconds[1])
-        copied, back = (1000 * statistics.median(times) for times in (meter.copies, meter.returns))
-        print(f"| {name} | {samples} | {share:.1%} | {copied:.0f} | {back:.0f} | {meter.bytes:.1f} |", flush=True)
+        shares = [own / (meter.tasks[task] - own) for task, own in detector.seconds.items() if task > 0]
+        share, *seconds = (statistics.median(values) for values in (shares, meter.copies, meter.returns))
+        copied, back = (f"{1000 * value:.0f}" for value in seconds)
+        print(f"| {name} | {samples} | {share:.1%} | {copied} | {back} | {meter.bytes:.1f} |", flush=True)
 
 
 def main() -> None:

@@ -37,6 +37,7 @@ OTHERS = ("model.0.0", "model.1.0", "model.2.0", "model.4", "model.6")
 FIGURES = ("ACC", "CLEAN", "ATTACK", "F1", "F1 at 45:20")
 RUNS = 5
 CALIBRATE = 1
+SAMPLES = 500  # as many as the detector looks at by default
 Shifts = dict[str, float]
 
 
@@ -62,7 +63,7 @@ class Trials(ContinualCallback):
         self.data = data
         self.poisoned = poisoned
         self.shifts: dict[int, dict[str, list[Shifts]]] = {}
-        self._layers = LayerStates([*NORMS, *OTHERS], "activation", 1000)
+        self._layers = LayerStates([*NORMS, *OTHERS], "activation", SAMPLES)
         self._left: list[str] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -23,7 +23,7 @@ from lightning_cl.metrics.poisoning import (
     shift_angle,
     shift_slope,
 )
-from lightning_cl.reporting.poisoning import describe_value, print_verdict, write_poison_report
+from lightning_cl.reporting.poisoning import describe_value, print_verdict, write_poison_report, write_shift_picture
 from lightning_cl.tasks import Task
 from lightning_cl.tasks.layer_shift import LayerStates, shifts_between
 from lightning_cl.tasks.random_state import seed_generators
@@ -42,7 +42,7 @@ class PoisonDetector(StreamCallback):
     weights, buffers, optimizers, exemplars, heads, teachers.
 
     It logs ``poison/...`` at the end of each task, says on the console what it saw and did, and writes
-    ``poison_report.json`` and ``poison_shift.png`` into the log directory.
+    ``poison_report.json`` into the log directory, with ``poison_shift.png`` when it finds poison and when the fit ends.
 
     Args:
         layers: Shell patterns of the layers to compare, in the order of the module. ``None`` takes the norms where
@@ -89,7 +89,7 @@ class PoisonDetector(StreamCallback):
         margin: float = 1.0,
         relative: bool = False,
         detect_from: int | None = None,
-        samples: int | None = 1000,
+        samples: int | None = 500,
     ) -> None:
         if layers is not None:
             check_list("layers", layers, str, "a list of layer names or patterns")
@@ -233,7 +233,7 @@ class PoisonDetector(StreamCallback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._write(trainer)
+        self._write(trainer, draw=True)
         judged = [entry for entry in self.record if entry["verdict"] in ("clean", "poisoned")]
         if judged and all(entry["verdict"] == "clean" for entry in judged):
             limit = describe_value(self.current_threshold or 0.0, self.statistic)
@@ -343,7 +343,7 @@ class PoisonDetector(StreamCallback):
                 rank_zero_warn(f"PoisonDetector: {found}")
             else:
                 print_verdict(trainer, found)
-        self._write(trainer)
+        self._write(trainer, draw=poisoned)
         return kept
 
     def _log(self, pl_module: LightningModule, entry: dict[str, Any]) -> None:
@@ -353,11 +353,13 @@ class PoisonDetector(StreamCallback):
         known = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
         pl_module.log_dict(known, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
 
-    def _write(self, trainer: Trainer) -> None:
+    def _write(self, trainer: Trainer, draw: bool) -> None:
         if trainer.is_global_zero and self._log_dir is not None and self.record:
             settings = {**self._settings(), "detect_from": self.detect_from, "action": self.action}
             settings["threshold"] = self.current_threshold
-            write_poison_report(self._log_dir, self.record, settings, self.relative)
+            write_poison_report(self._log_dir, self.record, settings)
+            if draw:  # which takes longer than to judge a small task
+                write_shift_picture(self._log_dir, self.record, self.relative)
 
 
 def _check_index(argument: str, value: object) -> None:

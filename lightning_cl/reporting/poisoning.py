@@ -29,25 +29,33 @@ def print_verdict(trainer: Trainer, text: str) -> None:
         get_console().print(f"PoisonDetector: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
-def write_poison_report(
-    directory: Path, record: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], relative: bool
-) -> list[Path]:
-    """Write ``poison_report.json`` and ``poison_shift.png``.
+def write_poison_report(directory: Path, record: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Path:
+    """Write ``poison_report.json``.
 
     Args:
         directory: Where to write; made if it is not there.
         record: What was seen of each task: its ``task``, ``name``, ``verdict``, ``angle`` and ``shifts`` by layer.
         settings: Those of the detector, with the threshold in force.
-        relative: Whether the picture shows shifts divided by that of the first layer, as they were judged.
 
     Returns:
-        The paths of the files written.
+        The path of the file.
     """
     report = json_of({"settings": dict(settings), "tasks": list(record)})
-    return [
-        write_atomically(directory / REPORT_NAME, report.encode()),
-        write_atomically(directory / PICTURE_NAME, png_of(shift_figure(record, relative))),
-    ]
+    return write_atomically(directory / REPORT_NAME, report.encode())
+
+
+def write_shift_picture(directory: Path, record: Sequence[Mapping[str, Any]], relative: bool) -> Path:
+    """Write ``poison_shift.png``.
+
+    Args:
+        directory: Where to write; made if it is not there.
+        record: See `write_poison_report`.
+        relative: Whether shifts are divided by that of the first layer, as they were judged.
+
+    Returns:
+        The path of the file.
+    """
+    return write_atomically(directory / PICTURE_NAME, png_of(shift_figure(record, relative)))
 
 
 def shift_figure(record: Sequence[Mapping[str, Any]], relative: bool = False) -> Figure:

@@ -11,7 +11,14 @@ from numbered_streams import same_weights
 from poison_streams import Moves, fit_watched, moving, watching
 
 from lightning_cl.callbacks import PoisonDetector
-from lightning_cl.reporting.poisoning import describe_value, print_verdict, shift_figure, write_poison_report
+from lightning_cl.reporting.poisoning import (
+    describe_value,
+    print_verdict,
+    shift_figure,
+    write_poison_report,
+    write_shift_picture,
+)
+from lightning_cl.tasks import ContinualCallback
 from tests.modules import quiet_trainer
 
 FILES = {"poison_report.json", "poison_shift.png"}
@@ -55,6 +62,28 @@ def test_the_report_has_settings_and_what_was_seen_of_each_task(run):
 def test_a_picture_is_written_beside_it(run):
     assert (run[0] / "poison_shift.png").read_bytes().startswith(PNG)
     assert _files(run[0]) == FILES
+
+
+class FilesAtTasksEnds(ContinualCallback):
+    """Keeps which files there were at the end of each task."""
+
+    observer = True
+
+    def __init__(self, folder):
+        self.folder, self.files = folder, []
+
+    def on_task_end(self, trainer, pl_module, task):
+        self.files.append(_files(self.folder))
+
+
+def test_a_picture_is_drawn_when_poison_is_found_and_when_the_fit_ends(tmp_path):
+    found = FilesAtTasksEnds(tmp_path)
+    _logged(tmp_path, watching(threshold=30), moving(0.1, 2.0, 0.1), others=[found])
+    assert found.files == [{"poison_report.json"}, FILES, FILES]
+    clean = FilesAtTasksEnds(tmp_path / "clean")
+    _logged(tmp_path / "clean", watching(), moving(0.1, 0.2, 0.3), others=[clean])
+    assert clean.files == [{"poison_report.json"}] * 3
+    assert _files(tmp_path / "clean") == FILES
 
 
 def test_a_task_that_stops_the_fit_is_in_the_report(tmp_path):
@@ -188,5 +217,6 @@ def test_a_task_may_have_more_layers_than_the_one_before():
 
 
 def test_report_and_picture_are_written_where_there_is_no_folder_yet(tmp_path):
-    paths = write_poison_report(tmp_path / "new", [_entry(1, {"a": 1.0, "b": 1.0})], {"threshold": 3.0}, False)
+    record = [_entry(1, {"a": 1.0, "b": 1.0})]
+    paths = write_poison_report(tmp_path / "one", record, {}), write_shift_picture(tmp_path / "two", record, False)
     assert {path.name for path in paths} == FILES == _files(tmp_path)
