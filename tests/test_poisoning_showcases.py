@@ -14,14 +14,14 @@ FASHION = "--data.init_args.sequence.init_args.base.init_args"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize(
-    ("config", "options"),
+    ("config", "options", "seed"),
     [
-        pytest.param("stp_split_digits", [], id="digits"),
+        *(pytest.param("stp_split_digits", [], seed, id=f"digits-{seed}") for seed in range(3)),
         pytest.param(
             "stp_split_fashion_mnist",
             [f"{FASHION}.root={DATA}", f"{FASHION}.download=false"],
+            0,
             id="fashion_mnist",
             marks=[
                 pytest.mark.data,
