@@ -23,7 +23,7 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 
 from benchmarks.poison_streams import CLASSES_PER_TASK, EPOCHS, ConvNet, part_of_cifar, write_part
 from benchmarks.quiet import quiet_trainer, silence
-from lightning_cl.callbacks import LearningWithoutForgetting
+from lightning_cl.callbacks import LearningWithoutForgetting, PoisonDetector
 from lightning_cl.datamodules import ClassIncremental, PoisonedTask, Rotate
 from lightning_cl.datamodules.sequence import TaskSequence
 from lightning_cl.metrics.poisoning import AGGREGATES, DetectionScores, clean_limit, detection_scores, shift_slope
@@ -37,7 +37,6 @@ OTHERS = ("model.0.0", "model.1.0", "model.2.0", "model.4", "model.6")
 FIGURES = ("ACC", "CLEAN", "ATTACK", "F1", "F1 at 45:20")
 RUNS = 5
 CALIBRATE = 1
-SAMPLES = 500  # as many as the detector looks at by default
 Shifts = dict[str, float]
 
 
@@ -63,7 +62,7 @@ class Trials(ContinualCallback):
         self.data = data
         self.poisoned = poisoned
         self.shifts: dict[int, dict[str, list[Shifts]]] = {}
-        self._layers = LayerStates([*NORMS, *OTHERS], "activation", SAMPLES)
+        self._layers = LayerStates([*NORMS, *OTHERS], "activation", PoisonDetector().samples)
         self._left: list[str] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -239,7 +239,7 @@ class AdaGauss(GaussianCallback):
     @override
     def take(self, trainer: Trainer, pl_module: LightningModule, task: Task) -> ClassGaussians:
         gaussians = super().take(trainer, pl_module, task)
-        if not bool(gaussians.means.isfinite().all() and gaussians.scatter.isfinite().all()):
+        if not gaussians.finite:
             raise ValueError(
                 f"{self.name} needs finite features, and those of task {task.index} ({task.name}) are not:"
                 " its training diverged. Use a smaller learning rate, a smaller `distillation`, or"
@@ -255,7 +255,7 @@ class AdaGauss(GaussianCallback):
         generator = torch.Generator().manual_seed(mix(self.stream.seed, _SALT, task.index))
         count = min(self.samples, _FEW) if trainer.fast_dev_run else self.samples  # type: ignore[attr-defined]
         moved = adapt_gaussians(self.gaussians, adapter, self.adaptation, count, generator, self.adaptation_shrinkage)
-        if not bool(moved.means.isfinite().all() and moved.scatter.isfinite().all()):
+        if not moved.finite:
             raise ValueError(
                 f"{self.name} cannot bring Gaussians along with task {task.index} ({task.name}): what its"
                 " adapter puts out is not finite. Use a smaller `adapter_lr`; if the features themselves have grown,"
@@ -287,13 +287,8 @@ class AdaGauss(GaussianCallback):
         return lambda features: adapter(features.to(before.device))
 
     @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().teardown(trainer, pl_module, stage)
-        self.regulariser.forget()
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        super().on_exception(trainer, pl_module, exception)
+    def forget(self) -> None:
+        super().forget()
         self.regulariser.forget()
 
     @override

@@ -63,6 +63,11 @@ class ClassGaussians:
         return self.counts > 0
 
     @property
+    def finite(self) -> bool:
+        """Whether all means and covariances are finite numbers."""
+        return bool(self.means.isfinite().all() and self.scatter.isfinite().all())
+
+    @property
     def numbers_per_class(self) -> int:
         """How many numbers are kept of a class, without its count; a shared matrix is kept once and not in them."""
         width = self.means.shape[1]

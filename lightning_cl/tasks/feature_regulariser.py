@@ -92,11 +92,9 @@ class FeatureRegulariser(TeacherRegulariser):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" and self.anti_collapse and not self.in_stream:
-            raise MisconfigurationException(
-                f"{self.name} asks a task sequence for the classes, to find the classification layer, and this fit has"
-                " none. Wrap your DataModule in one: `Joint(your_datamodule)` is one of a single task."
-            )
+        if stage == "fit" and self.anti_collapse:
+            reason = "needs to know the classes, to find the classification layer"
+            self.need_stream(trainer, reason, sequence="Joint(your_datamodule)")
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -77,7 +77,9 @@ def test_features_that_stand_still_do_not_break_it():
     assert adapter(before).isfinite().all()
 
 
-def test_the_learning_rate_falls_at_the_milestones(monkeypatch):
+@pytest.fixture
+def rates(monkeypatch):
+    """Return a list that gets the learning rate of each step."""
     rates = []
     usual = torch.optim.SGD.step
 
@@ -86,6 +88,10 @@ def test_the_learning_rate_falls_at_the_milestones(monkeypatch):
         return usual(optimizer, *args)
 
     monkeypatch.setattr(torch.optim.SGD, "step", step)
+    return rates
+
+
+def test_the_learning_rate_falls_at_the_milestones(rates):
     before, after = _drift(64)
     AdapterTraining(epochs=10, lr=0.1, milestones=(0.3, 0.6), batch_size=64).run(TRAINER, before, after, 0, 1)
     assert rates == pytest.approx([0.1] * 3 + [0.01] * 3 + [0.001] * 4)
@@ -103,15 +109,7 @@ def test_progress_walks_through_the_epochs():
     assert seen == [0, 1, 2]
 
 
-def test_the_first_epoch_has_the_whole_learning_rate(monkeypatch):
-    rates = []
-    usual = torch.optim.SGD.step
-
-    def step(optimizer, *args):
-        rates.append(optimizer.param_groups[0]["lr"])
-        return usual(optimizer, *args)
-
-    monkeypatch.setattr(torch.optim.SGD, "step", step)
+def test_the_first_epoch_has_the_whole_learning_rate(rates):
     for epochs in (1, 2, 3):
         AdapterTraining(epochs=epochs, lr=0.1, batch_size=64).run(TRAINER, *_drift(64), 0, 1)
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.1, 0.1, 0.01])
